@@ -1,0 +1,1 @@
+"""The ops of CLIP in NumPy (reference.py); native kernels lie beside it. Start at README.md."""

@@ -1,0 +1,42 @@
+"""CLIP from scratch on NumPy: OpenAI's exact embeddings without a framework.
+
+import npclip
+model = npclip.load("ViT-B/32")
+model.classify("photo.jpg", ["cat", "dog"])
+model.encode_image("photo.jpg"), model.encode_text("a photo of a cat")
+"""
+
+from .clip import CLIP, load, softmax
+from .errors import (
+    BackendError,
+    CheckpointError,
+    DownloadError,
+    ImageError,
+    InputError,
+    ModelNotFoundError,
+    NpclipError,
+    TextTooLongError,
+    UnknownActivationError,
+)
+from .hub import available_models
+from .report import show_config
+from .tokenizer import tokenize
+
+__version__ = "0.1.0"
+__all__ = [
+    "CLIP",
+    "BackendError",
+    "CheckpointError",
+    "DownloadError",
+    "ImageError",
+    "InputError",
+    "ModelNotFoundError",
+    "NpclipError",
+    "TextTooLongError",
+    "UnknownActivationError",
+    "available_models",
+    "load",
+    "show_config",
+    "softmax",
+    "tokenize",
+]

@@ -1,0 +1,244 @@
+"""load() and CLIP: the interface of openai/CLIP on arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hub, inputs, ops
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import Config, Metadata, infer_config
+from .errors import CheckpointError, InputError
+from .inputs import ImageInput
+from .model import encode_image, encode_text
+from .ops import Parameters
+from .params import load_parameters
+from .preprocess import preprocess
+from .tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Float32: TypeAlias = NDArray[np.float32]
+TOWERS = ("image", "text")
+PIXELS_PER_BATCH = 32 * 224 * 224  # bounds the memory of a forward pass whatever the input's length
+TEXTS_PER_BATCH = 64
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | None = None,
+    dtype: str | None = None,
+    download_root: str | os.PathLike[str] | None = None,
+    towers: Sequence[str] = TOWERS,
+    activation: str | None = None,
+) -> CLIP:
+    """Load a CLIP model; the result also unpacks as `model, preprocess = load(...)`.
+
+    name_or_path: a name of available_models(), downloaded once and verified, or a path: OpenAI's
+        .pt, a torch.save state_dict, safetensors, or a Hugging Face or open_clip directory.
+    device: "cpu", also the default.
+    dtype: "float32", also the default: the dtype of the arithmetic, exact for any stored dtype.
+    download_root: cache directory instead of $NPCLIP_CACHE or ~/.cache/npclip.
+    towers: ("image", "text") or one of them; the other's weights are not read.
+    activation: "quick_gelu" or "gelu", for a checkpoint that does not record it.
+
+    Raises ModelNotFoundError, DownloadError, CheckpointError (UnknownActivationError among them)
+    and BackendError, all from npclip.errors.
+    """
+    towers = _check_towers(towers)
+    _, device, dtype = ops.backend(device, dtype)  # fails before anything is downloaded
+    checkpoint, config = open_model(name_or_path, download_root, activation)
+    with _naming(checkpoint):
+        params = load_parameters(checkpoint, config, towers)
+    return CLIP(config, checkpoint.metadata, params, device, dtype)
+
+
+def open_model(
+    name_or_path: str | os.PathLike[str],
+    download_root: str | os.PathLike[str] | None = None,
+    activation: str | None = None,
+) -> tuple[Checkpoint, Config]:
+    """The first half of load(): the checkpoint's tensors, not yet read, and what they make up."""
+    name = os.fspath(name_or_path)
+    checkpoint = open_checkpoint(hub.resolve(name, download_root))
+    if name in hub.MODELS:
+        activation = activation or "quick_gelu"  # as all of OpenAI's
+    with _naming(checkpoint):
+        if activation is not None:
+            checkpoint.metadata = dataclasses.replace(checkpoint.metadata, activation=activation)
+        shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+        return checkpoint, infer_config(shapes, checkpoint.metadata)
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Puts the file's path before what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f"{checkpoint.path}: {error}") from None
+
+
+def _check_towers(towers: Sequence[str]) -> tuple[str, ...]:
+    towers = (towers,) if isinstance(towers, str) else tuple(towers)
+    if not towers or set(towers) - set(TOWERS):
+        raise InputError(f'towers must be ("image", "text") or one of them, not {towers!r}')
+    return towers
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What openai/CLIP's users read from model.visual."""
+
+    input_resolution: int
+    output_dim: int
+
+
+class CLIP:
+    """A loaded model. Its methods change nothing, so threads may share it."""
+
+    def __init__(
+        self,
+        config: Config,
+        metadata: Metadata,
+        params: Parameters,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        """Use load(); params are those of params.load_parameters."""
+        self.config = config
+        self.metadata = metadata
+        self.device = device
+        self.dtype = dtype
+        self._params = params
+
+    def __iter__(self) -> Iterator[CLIP | Callable[..., Float32]]:
+        """`model, preprocess = load(...)`"""
+        return iter((self, self.preprocess))
+
+    def __repr__(self) -> str:
+        """One line: towers, sizes, device, dtype."""
+        towers = "+".join(t for t in TOWERS if t in self._params)
+        return f"CLIP({towers}, embed_dim={self.config.embed_dim}, {self.dtype}, {self.device})"
+
+    @property
+    def visual(self) -> Visual:
+        """Of the image tower: input_resolution (pixels a side) and output_dim."""
+        return Visual(self.config.image_resolution, self.config.embed_dim)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens a text may have, start and end included (77)."""
+        return self.config.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids (49408)."""
+        return self.config.vocab_size
+
+    @property
+    def logit_scale(self) -> np.float32:
+        """The learned temperature as stored: logits are exp(logit_scale) * cosine."""
+        if (scale := self._params.get("logit_scale")) is None:
+            raise InputError("this checkpoint has no logit_scale")
+        return np.float32(scale)
+
+    def preprocess(self, image: ImageInput | Image) -> Float32:
+        """An image as the image tower takes it: resized, cropped, normalised.
+
+        image: path, encoded bytes, PIL image, or uint8 RGB array [H, W, 3].
+        Returns float32 [3, R, R], bit-identical to openai/CLIP's. Raises ImageError.
+        """
+        meta, size = self.metadata, self.config.image_resolution
+        picture = inputs.load_image(image)
+        return preprocess(picture, size, meta.mean, meta.std, meta.resize, meta.interpolation)
+
+    def encode_image(self, x: Any, normalize: bool = False) -> Float32:
+        """Image embeddings, float32: one image gives [E], several [B, E], none [0, E].
+
+        x: an image (path, encoded bytes, PIL image, uint8 RGB array [H, W, 3], or the float
+            [3, R, R] that preprocess returns), a list or iterator of those, or float [B, 3, R, R].
+            Iterators are consumed in batches, so memory stays bounded.
+        normalize: divide each embedding by its L2 norm.
+
+        Raises ImageError for an image that cannot be read, InputError for an array that cannot be
+        one, TypeError for anything else.
+        """
+        resolution = self.config.image_resolution
+        batch_size = max(1, PIXELS_PER_BATCH // resolution**2)
+        batches, single = inputs.image_batches(x, self.preprocess, resolution, batch_size)
+        encode = partial(encode_image, p=self._tower("image"), config=self.config)
+        return self._encode(encode, batches, single, normalize)
+
+    def encode_text(self, x: Any, normalize: bool = False, truncate: bool = False) -> Float32:
+        """Text embeddings, float32: one text gives [E], several [B, E], none [0, E].
+
+        x: str, a list or iterator of str, or token ids (integers [B, 77] or [77]).
+        normalize: divide each embedding by its L2 norm.
+        truncate: cut texts of more than context_length tokens instead of raising
+            TextTooLongError.
+
+        Raises InputError for token ids of a wrong shape, dtype or range, TypeError for other types.
+        """
+        length, vocab = self.context_length, self.vocab_size
+        to_ids = partial(tokenize, context_length=length, truncate=truncate)
+        batches, single = inputs.text_batches(x, to_ids, length, vocab, TEXTS_PER_BATCH)
+        encode = partial(encode_text, p=self._tower("text"), config=self.config)
+        return self._encode(encode, batches, single, normalize)
+
+    def __call__(self, image: Any, text: Any) -> tuple[Float32, Float32]:
+        """logits_per_image [I, T] and logits_per_text [T, I]: exp(logit_scale) * cosine.
+
+        image and text as in encode_image and encode_text; one input counts as a batch of one.
+        """
+        images = np.atleast_2d(self.encode_image(image, normalize=True))
+        texts = np.atleast_2d(self.encode_text(text, normalize=True))
+        logits_per_image = np.exp(self.logit_scale) * images @ texts.T
+        return logits_per_image, logits_per_image.T
+
+    def classify(
+        self, image: Any, labels: Sequence[str], template: str = "a photo of a {}."
+    ) -> Float32:
+        """Zero-shot probabilities of the labels: [L] for one image, [B, L] for several.
+
+        image: as in encode_image. template: the prompt, in which {} stands for the label.
+        """
+        if isinstance(labels, str) or not len(labels):
+            raise InputError("labels must be a list of at least one string")
+        if "{}" not in template:
+            raise InputError(f"the template {template!r} has no {{}} for the label")
+        images = self.encode_image(image, normalize=True)
+        texts = self.encode_text([template.replace("{}", label) for label in labels], True)
+        return softmax(np.exp(self.logit_scale) * images @ texts.T)
+
+    def _tower(self, name: str) -> Parameters:
+        if name not in self._params:
+            raise InputError(f"the {name} tower was not loaded: add it to load(towers=...)")
+        return self._params[name]
+
+    def _encode(
+        self,
+        encode: Callable[[NDArray[Any]], Float32],
+        batches: Iterable[NDArray[Any]],
+        single: bool,
+        normalize: bool,
+    ) -> Float32:
+        features = [encode(batch) for batch in batches]
+        result = np.concatenate([np.empty((0, self.config.embed_dim), np.float32), *features])
+        result = ops.l2_normalize(result) if normalize else result
+        return result[0] if single else result
+
+
+def softmax(x: Any) -> Float32:
+    """exp(x) / sum exp(x) along the last axis, of any array-like; float32 unless x is float64."""
+    x = np.asarray(x)
+    return ops.softmax(x if x.dtype in (np.float32, np.float64) else x.astype(np.float32))

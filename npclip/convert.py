@@ -1,0 +1,142 @@
+"""Converts any checkpoint to one .safetensors file with openai/CLIP's names, bit for bit.
+
+The file records what shapes do not tell (activation, preprocessing, heads) and where it comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from .checkpoint import Checkpoint, Tensor, check_tensors, open_checkpoint, towers_of
+from .config import Metadata, infer_config
+from .errors import CheckpointError
+from .safetensors_file import NAMES
+from .tensor import DTYPES, Array
+
+FORMAT_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
+TARGETS = ("float32", "float16", "bfloat16")
+# What openai/CLIP's convert_weights leaves in float32: norms, embeddings and the logit scale.
+KEPT = re.compile(r"(^|\.)(ln_\w+|bn\d|downsample\.1)\.|_embedding\b|^logit_scale$")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    activation: str | None = None,
+) -> Metadata:
+    """Write the checkpoint at source (anything that open_checkpoint reads) to target, a
+    .safetensors file; return the metadata written.
+
+    dtype "float16" or "bfloat16" casts what openai/CLIP's convert_weights casts (rounding to
+    nearest even) and keeps the other tensors as stored; "float32" casts all; None keeps all.
+    activation, "quick_gelu" or "gelu", overrides what the checkpoint says.
+
+    target appears complete or not at all, replacing a file of that name. Raises CheckpointError for
+    a source that is not one whole CLIP model, a value too large for dtype, or target = source;
+    UnknownActivationError where activation is needed; OSError where target cannot be written.
+    """
+    if dtype is not None and dtype not in TARGETS:
+        raise CheckpointError(f"dtype {dtype!r} is not one of: {', '.join(TARGETS)}")
+    checkpoint, target = open_checkpoint(source), Path(target)
+    if any(target.exists() and target.samefile(file.path) for file in checkpoint.files):
+        raise CheckpointError(f"{target}: refusing to overwrite the source")
+    metadata = dataclasses.replace(
+        checkpoint.metadata,
+        activation=activation or checkpoint.metadata.activation,
+        source=checkpoint.path.name,
+    )
+    try:
+        config = infer_config({k: t.shape for k, t in checkpoint.tensors.items()}, metadata)
+        check_tensors(checkpoint.tensors, config, towers_of(config))
+    except CheckpointError as error:
+        raise type(error)(f"{checkpoint.path}: {error}") from error
+    metadata = dataclasses.replace(metadata, source_sha256=checkpoint.sha256())
+    _write_atomically(target, checkpoint, dtype, metadata)
+    return metadata
+
+
+def _target_dtype(name: str, tensor: Tensor, dtype: str | None) -> str:
+    if dtype is None or (dtype != "float32" and KEPT.search(name)):
+        return tensor.dtype
+    return dtype
+
+
+def _write_atomically(
+    target: Path, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata
+) -> None:
+    """Write a temporary file beside target, then rename it; leave nothing behind on failure."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            _write(file, checkpoint, dtype, metadata)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C, too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write(file: BinaryIO, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata) -> None:
+    """The safetensors format, one tensor in memory at a time (the library would want all)."""
+    dtypes = {name: _target_dtype(name, t, dtype) for name, t in checkpoint.tensors.items()}
+    # Wide dtypes first, as the library orders them: every tensor is then aligned to its item size.
+    names = sorted(dtypes, key=lambda name: (-DTYPES[dtypes[name]].itemsize, name))
+    header: dict[str, object] = {"__metadata__": metadata.to_strings()}
+    end = 0
+    for name in names:
+        shape = checkpoint.tensors[name].shape
+        begin = end
+        end += int(np.prod(shape, dtype=np.int64)) * DTYPES[dtypes[name]].itemsize
+        header[name] = {
+            "dtype": FORMAT_NAMES[dtypes[name]],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        tensor = checkpoint.tensors[name]
+        array = cast(name, tensor.read(), tensor.dtype, dtypes[name])
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        checkpoint.release()
+
+
+def cast(name: str, array: Array, source: str, target: str) -> Array:
+    """The array in another dtype, rounded to nearest even; bfloat16 is uint16 bit patterns.
+
+    float64 goes to bfloat16 by way of float32, as in torch. Raises CheckpointError where a finite
+    value becomes infinite.
+    """
+    if source == target:
+        return array
+    if source == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if target == "bfloat16":
+            result = _to_bfloat16(array.astype(np.float32))
+            overflow = (result & 0x7FFF) == 0x7F80
+        else:
+            result = array.astype(DTYPES[target])
+            overflow = np.isinf(result)
+    if np.any(overflow & np.isfinite(array)):
+        raise CheckpointError(f"tensor {name} holds values too large for {target}")
+    return result
+
+
+def _to_bfloat16(array: Array) -> Array:
+    """float32 -> bfloat16 bit patterns. Adding half of the last place kept, less one where it is
+    even, carries into it exactly where rounding to nearest even goes up."""
+    bits = np.ascontiguousarray(array).reshape(array.shape).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)

@@ -1,0 +1,204 @@
+"""The op vocabulary of the models: every call is checked here, then handed to a backend.
+
+A backend is a module with the functions of kernels/reference.py under the same names and
+signatures. Kernels may then assume that what reaches them is right. Axis letters are those of
+kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .errors import BackendError, InputError
+from .kernels import reference
+
+Array: TypeAlias = Any  # a NumPy array, or what the backend's own ops return
+Parameters: TypeAlias = dict[str, Any]
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+def backend(device: str | None = None, dtype: str | None = None) -> tuple[ModuleType, str, str]:
+    """The backend for a device and dtype, with both named in full: (module, device, dtype).
+
+    device None is "cpu"; dtype None is the device's default. Raises BackendError for what is not
+    available: a device or dtype that was asked for is never replaced by another.
+    """
+    device, dtype = str(device or "cpu"), "float32" if dtype is None else _dtype_name(dtype)
+    if device != "cpu":
+        raise BackendError(
+            f"device {device!r} is not available: this npclip runs on the CPU only "
+            '(pass device="cpu" or leave it out)'
+        )
+    if dtype != "float32":
+        raise BackendError(f"dtype {dtype!r} is not available on the CPU: it computes in float32")
+    return reference, device, dtype
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise BackendError(f"dtype {name!r} is not one of: {', '.join(DTYPES)}")
+    return name
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array = None,
+    activation: str | None = None,
+    residual: Array = None,
+) -> Array:  # [N, K], [M, K] -> [N, M]
+    """activation(x weight^T + bias) + residual"""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise _mismatch("linear", x=x, weight=weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise _mismatch("linear", bias=bias, weight=weight)
+    if residual is not None and residual.shape != (len(x), len(weight)):
+        raise _mismatch("linear", residual=residual, x=x, weight=weight)
+    _check_activation("linear", activation)
+    return reference.linear(x, weight, bias, activation, residual)
+
+
+def attention(
+    qkv: Array, cu_seqlens: Array, heads: int, causal: bool = False
+) -> Array:  # [N, 3D] -> [N, D]
+    """softmax(q k^T / sqrt(Dh)) v, per sequence and head; causal: a token sees no later one."""
+    if qkv.ndim != 2 or qkv.shape[1] % (3 * heads):
+        raise InputError(f"attention: qkv {list(qkv.shape)} is not [N, 3 * {heads} heads * Dh]")
+    _check_seqlens("attention", cu_seqlens, len(qkv))
+    return reference.attention(qkv, cu_seqlens, heads, causal)
+
+
+def attention_pool(
+    q: Array, kv: Array, cu_seqlens: Array, heads: int
+) -> Array:  # [B, D], [N, 2D] -> [B, D]
+    """attention with one query per sequence, which sees all of it."""
+    if q.ndim != 2 or kv.ndim != 2 or kv.shape[1] != 2 * q.shape[1] or q.shape[1] % heads:
+        raise _mismatch("attention_pool", q=q, kv=kv)
+    _check_seqlens("attention_pool", cu_seqlens, len(kv))
+    if len(q) != len(cu_seqlens) - 1:
+        raise _mismatch("attention_pool", q=q, cu_seqlens=cu_seqlens)
+    return reference.attention_pool(q, kv, cu_seqlens, heads)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array) -> Array:  # [N, D] -> [N, D]
+    """(x - mean) / sqrt(var + 1e-5) * weight + bias, over the last axis"""
+    if not x.shape[-1:] == weight.shape == bias.shape:
+        raise _mismatch("layer_norm", x=x, weight=weight, bias=bias)
+    return reference.layer_norm(x, weight, bias)
+
+
+def add_layer_norm(x: Array, h: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """x + h, and its LayerNorm: [N, D], [N, D]"""
+    if x.shape != h.shape or not x.shape[-1:] == weight.shape == bias.shape:
+        raise _mismatch("add_layer_norm", x=x, h=h, weight=weight, bias=bias)
+    return reference.add_layer_norm(x, h, weight, bias)
+
+
+def patchify(images: Array, patch: int) -> Array:  # [B, C, R, R] -> [B G G, C P P]
+    """Each P x P patch of the images as one row."""
+    if images.ndim != 4 or images.shape[2] % patch or images.shape[3] % patch:
+        raise InputError(f"patchify: {list(images.shape)} does not divide into patches of {patch}")
+    return reference.patchify(images, patch)
+
+
+def embed_patches(
+    patches: Array, class_embedding: Array, positional_embedding: Array
+) -> Array:  # [B G G, D] -> [B T, D]
+    """The class token before the patches of each image (T = G G + 1), plus positions."""
+    tokens, width = positional_embedding.shape
+    if patches.shape[1:] != (width,) or len(patches) % (tokens - 1):
+        raise _mismatch("embed_patches", patches=patches, positional_embedding=positional_embedding)
+    if class_embedding.shape != (width,):
+        raise _mismatch("embed_patches", patches=patches, class_embedding=class_embedding)
+    return reference.embed_patches(patches, class_embedding, positional_embedding)
+
+
+def embed_tokens(
+    ids: Array, positions: Array, token_embedding: Array, positional_embedding: Array
+) -> Array:  # [N], [N] -> [N, D]
+    """Each token's vector plus that of its position."""
+    for name, index, table in (
+        ("ids", ids, token_embedding),
+        ("positions", positions, positional_embedding),
+    ):
+        if index.size and not 0 <= index.min() <= index.max() < len(table):
+            raise InputError(
+                f"embed_tokens: {name} {index.min()} .. {index.max()} are not all in "
+                f"0 .. {len(table) - 1}"
+            )
+    return reference.embed_tokens(ids, positions, token_embedding, positional_embedding)
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array = None,
+    stride: int = 1,
+    activation: str | None = None,
+    residual: Array = None,
+) -> Array:  # [B, H, W, C], [O, k, k, C] -> [B, H / stride, W / stride, O]
+    """activation(convolution + bias + residual), padding k // 2"""
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[3] != weight.shape[3]:
+        raise _mismatch("conv2d", x=x, weight=weight)
+    _check_activation("conv2d", activation)
+    return reference.conv2d(x, weight, bias, stride, activation, residual)
+
+
+def avg_pool2d(x: Array, k: int) -> Array:  # [B, H, W, C] -> [B, H / k, W / k, C]
+    """The mean of each k x k cell."""
+    if x.ndim != 4 or x.shape[1] % k or x.shape[2] % k:
+        raise InputError(f"avg_pool2d: {list(x.shape)} does not divide into cells of {k} x {k}")
+    return reference.avg_pool2d(x, k)
+
+
+def l2_normalize(x: Array) -> Array:
+    """x / |x| along the last axis"""
+    return reference.l2_normalize(x)
+
+
+def softmax(x: Array) -> Array:
+    """exp(x) / sum exp(x) along the last axis"""
+    return reference.softmax(x)
+
+
+def equal_seqlens(batch: int, length: int) -> Array:  # int32 [B + 1]
+    """cu_seqlens of a batch whose sequences are all of one length."""
+    return np.arange(batch + 1, dtype=np.int32) * np.int32(length)
+
+
+def pack_tokens(ids: Array) -> tuple[Array, Array, Array]:  # [B, L] -> [N], [N], [B + 1]
+    """Token ids up to each row's largest (end of text), their positions, and cu_seqlens."""
+    lengths = ids.argmax(-1) + 1  # [B]
+    row, position = np.nonzero(np.arange(ids.shape[1]) < lengths[:, None])
+    return ids[row, position], position, np.append(0, lengths.cumsum()).astype(np.int32)
+
+
+def take(x: Array, rows: Array) -> Array:  # [N, D], [B] -> [B, D]
+    """These rows of x."""
+    return x[rows]
+
+
+def concatenate(arrays: list[Array]) -> Array:
+    """Joined along axis 1."""
+    return np.concatenate(arrays, axis=1)
+
+
+def _check_seqlens(op: str, cu_seqlens: Array, rows: int) -> None:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens[1:] <= cu_seqlens[:-1]).any():
+        raise InputError(f"{op}: cu_seqlens do not rise from 0 to N = {rows}")
+
+
+def _check_activation(op: str, activation: str | None) -> None:
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        raise InputError(f"{op}: unknown activation {activation!r}")
+
+
+def _mismatch(op: str, **arrays: Array) -> InputError:
+    shapes = ", ".join(f"{name} {list(a.shape)}" for name, a in arrays.items())
+    return InputError(f"{op}: shapes do not fit: {shapes}")

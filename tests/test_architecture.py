@@ -1,0 +1,62 @@
+"""The arrows of the design: no module imports one to its left, and imports cost nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import npclip
+
+PACKAGE = Path(npclip.__file__).parent
+ORDER = [  # left to right; a module may import those further right only
+    "__main__", "info", "convert", "__init__", "clip", "params", "checkpoint", "torch_file",
+    "safetensors_file", "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet",
+    "ops", "hub", "inputs", "tokenizer", "config", "preprocess", "report", "errors", "kernels",
+]  # fmt: skip
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports(module):
+    """Modules of npclip that a module imports at its top level, by name."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def third_party(module):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_one_to_its_left(module):
+    assert module in ORDER, "a new module: give it its place in ORDER"
+    position = ORDER.index(module)
+    for other in imports(module):
+        assert ORDER.index(other) > position, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", ["model", "resnet"])
+def test_the_model_knows_ops_and_no_backend(module):
+    assert set(third_party(module)) == {"__future__"}
+    assert set(imports(module)) <= {"ops", "config", "resnet"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_frameworks_are_imported_nowhere(module):
+    assert not set(third_party(module)) & {"torch", "cupy", "pickle", "tensorflow", "jax"}
+
+
+def test_import_loads_numpy_and_nothing_heavy():
+    code = "import sys, npclip; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "numpy" in loaded
+    assert not {"PIL", "ftfy", "regex", "safetensors", "tqdm", "filelock", "urllib3"} & set(loaded)

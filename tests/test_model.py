@@ -1,0 +1,76 @@
+"""The towers against openai/CLIP's outputs in float64, stored in tests/data/golden_*.npz."""
+
+import numpy as np
+import pytest
+
+import npclip
+from npclip.checkpoint import open_checkpoint
+from npclip.config import infer_config
+from npclip.model import encode_image, encode_text
+from npclip.params import load_parameters
+
+
+def unit(x):
+    x = x.astype(np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def to_float64(node):
+    if isinstance(node, dict):
+        return {key: to_float64(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [to_float64(value) for value in node]
+    return node.astype(np.float64)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_float32_features_equal_openai_clip(golden, activation):
+    model = npclip.load(golden.path, activation=activation)
+    image = model.encode_image(golden.arrays["images"])
+    text = model.encode_text(golden.arrays["ids"])
+    assert image.dtype == text.dtype == np.float32
+    for features, name in ((image, "image"), (text, "text")):
+        expected = golden.arrays[f"{activation}/{name}"]
+        assert np.abs(unit(features) - unit(expected)).max() <= 1e-6
+        np.testing.assert_allclose(features, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+
+
+def test_the_same_text_in_float64_equals_openai_clip_in_float64(golden):
+    """Not rounding but the formulas: with float64 parameters the models agree to 1e-7.
+
+    What remains is the rounding of the folded BatchNorm weights to float32.
+    """
+    checkpoint = open_checkpoint(golden.path)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    config = infer_config(shapes, checkpoint.metadata)
+    params = to_float64(load_parameters(checkpoint, config, ("image", "text")))
+    image = encode_image(golden.arrays["images"].astype(np.float64), params["image"], config)
+    text = encode_text(golden.arrays["ids"], params["text"], config)
+    bound = 1e-12 if config.is_vit else 1e-7
+    assert np.abs(unit(image) - unit(golden.arrays["quick_gelu/image"])).max() <= bound
+    assert np.abs(unit(text) - unit(golden.arrays["quick_gelu/text"])).max() <= 1e-12
+
+
+def test_the_two_activations_differ(golden):
+    """So the tests above would notice a swap."""
+    text = (golden.arrays[f"{name}/text"] for name in ("quick_gelu", "gelu"))
+    assert np.abs(np.subtract(*map(unit, text))).max() > 1e-4
+
+
+def test_what_follows_the_end_of_a_text_changes_nothing(golden):
+    ids = golden.arrays["ids"].copy()
+    noisy = ids.copy()
+    for row in noisy:
+        end = row.argmax()
+        row[end + 1 :] = np.arange(len(row) - end - 1) % 50
+    assert (golden.model.encode_text(ids) == golden.model.encode_text(noisy)).all()
+
+
+def test_batches_and_single_inputs_agree(golden):
+    images, ids, model = golden.arrays["images"], golden.arrays["ids"], golden.model
+    together = model.encode_image(images)
+    for image, features in zip(images, together, strict=True):
+        np.testing.assert_allclose(model.encode_image(image), features, rtol=1e-4, atol=1e-5)
+    together = model.encode_text(ids)
+    for row, features in zip(ids, together, strict=True):
+        np.testing.assert_allclose(model.encode_text(row), features, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,275 @@
+#!/usr/bin/env python3
+"""Time npclip beside its peers on this CPU: the same random weights, the same inputs, one run.
+
+    python tools/bench_peers.py --model ViT-B/32 --what image --batches 1,8,32
+    python tools/bench_peers.py --write README.md
+
+Rounds are interleaved over the peers, so that a drift of the machine hits all alike; the figure is
+the median. Every output is compared with torch's in float32 (smallest cosine). Peers that are not
+installed are left out (tests/parity/requirements*.txt). With --write, the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from parity import import_openai_clip, replace_between_markers
+from random_checkpoint import random_tensors
+from safetensors.numpy import save_file
+
+import npclip
+from npclip.config import ARCHITECTURES, Metadata
+
+Encoder = Callable[[NDArray], NDArray]
+START, END = "<!-- speed -->\n", "<!-- /speed -->\n"
+README_CASES = [("ViT-B/32", "image", (1, 8, 32)), ("ViT-B/32", "text", (1, 32))]
+README_PEERS = ("npclip", "torch", "torch-compile", "onnxruntime", "openvino", "clippie")
+
+
+class Model:
+    """One tower of a random model, for every peer to build its encoder from."""
+
+    def __init__(self, name: str, what: str, folder: Path, threads: int) -> None:
+        """Make the weights, write them for npclip, and build openai/CLIP's module from them."""
+        import torch
+
+        self.config, self.what, self.folder, self.threads = (
+            ARCHITECTURES[name],
+            what,
+            folder,
+            threads,
+        )
+        self.slug = name.replace("/", "-").replace("@", "-")
+        tensors = random_tensors(self.config)
+        self.checkpoint = folder / f"{self.slug}.safetensors"
+        save_file(tensors, self.checkpoint, Metadata(activation="quick_gelu").to_strings())
+        state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+        self.clip = import_openai_clip().model.build_model(state).float().eval()
+        self.clip.requires_grad_(False)
+        self.tower = self.clip.visual if what == "image" else _text_tower(self.clip)
+
+    def inputs(self, batch: int) -> NDArray:
+        """Pixels [B, 3, R, R], or ids [B, 77] of captions of 5 to 19 tokens."""
+        rng, size = np.random.default_rng(batch), self.config.image_resolution
+        if self.what == "image":
+            return rng.standard_normal((batch, 3, size, size), dtype=np.float32)
+        ids = np.zeros((batch, 77), np.int64)
+        for row in ids:
+            length = int(rng.integers(4, 19))
+            row[0], row[length] = npclip.tokenizer.SOT, npclip.tokenizer.EOT
+            row[1:length] = rng.integers(1, 40000, length - 1)
+        return ids
+
+    def onnx(self) -> Path:
+        """The tower as an ONNX file with a free batch size."""
+        import torch
+
+        path = self.folder / f"{self.slug}-{self.what}.onnx"
+        if not path.exists():
+            axes = {"x": {0: "batch"}, "y": {0: "batch"}}
+            example = (torch.from_numpy(self.inputs(2)),)
+            names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes}
+            torch.onnx.export(self.tower, example, path, opset_version=17, dynamo=False, **names)
+        return path
+
+
+def _text_tower(clip):
+    import torch
+
+    class Text(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip = clip
+
+        def forward(self, ids):
+            return clip.encode_text(ids)
+
+    return Text().eval()
+
+
+def build_npclip(model: Model) -> Encoder:
+    """This project."""
+    clip = npclip.load(model.checkpoint)
+    return clip.encode_image if model.what == "image" else clip.encode_text
+
+
+def build_torch(model: Model) -> Encoder:
+    """openai/CLIP's module, eager, float32."""
+    import torch
+
+    return lambda x: model.tower(torch.from_numpy(x)).numpy()
+
+
+def build_torch_compile(model: Model) -> Encoder:
+    """The same through torch.compile, one graph a shape."""
+    import torch
+
+    compiled = torch.compile(model.tower, dynamic=False)
+    return lambda x: compiled(torch.from_numpy(x)).numpy()
+
+
+def build_onnxruntime(model: Model) -> Encoder:
+    """onnxruntime, float32."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = model.threads
+    session = onnxruntime.InferenceSession(
+        model.onnx(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+def build_openvino(model: Model) -> Encoder:
+    """OpenVINO, float32."""
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": model.threads,
+    }
+    compiled = openvino.Core().compile_model(model.onnx(), "CPU", options)
+    return lambda x: compiled(x)[0]
+
+
+def build_clippie(model: Model) -> Encoder:
+    """clippie, the other CLIP on NumPy; its own image scaling and tokenizer are left out."""
+    import clippie.model
+    from clippie.scripts.convert_weights_file import extract_weights
+
+    weights = extract_weights(model.clip)
+    clippie.model.centre_crop_and_resize = lambda image, _: image
+    clippie.model.image_to_scaled_array = lambda image: image
+    clippie.model.tokeniser.encode = lambda tokens: tokens
+    if model.what == "image":
+        return lambda x: clippie.model.encode_image(
+            [image.transpose(1, 2, 0) for image in x], weights.image_encoder
+        )
+    return lambda ids: clippie.model.encode_text(
+        [row[1 : row.argmax()].tolist() for row in ids], weights.text_encoder
+    )
+
+
+PEERS: dict[str, tuple[str, Callable[[Model], Encoder]]] = {  # name -> module needed, builder
+    "npclip": ("npclip", build_npclip),
+    "torch": ("torch", build_torch),
+    "torch-compile": ("torch", build_torch_compile),
+    "onnxruntime": ("onnxruntime", build_onnxruntime),
+    "openvino": ("openvino", build_openvino),
+    "clippie": ("clippie", build_clippie),
+}
+
+
+def bench(
+    name: str, what: str, batches: tuple[int, ...], peers: list[str], rounds: int, threads: int
+) -> dict[int, dict[str, tuple[float, float]]]:
+    """batch -> peer -> (median seconds, smallest cosine with torch float32)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Model(name, what, Path(folder), threads)
+        reference = build_torch(model)
+        encoders = {}
+        for peer in peers:
+            module, build = PEERS[peer]
+            if importlib.util.find_spec(module) is None:
+                print(f"{peer}: not installed, left out", file=sys.stderr)
+                continue
+            encoders[peer] = build(model)
+        return {b: _bench_batch(encoders, model.inputs(b), reference, rounds) for b in batches}
+
+
+def _bench_batch(
+    encoders: dict[str, Encoder], x: NDArray, reference: Encoder, rounds: int
+) -> dict[str, tuple[float, float]]:
+    expected = reference(x)
+    cosines = {peer: _cosine(encode(x), expected) for peer, encode in encoders.items()}
+    times: dict[str, list[float]] = {peer: [] for peer in encoders}
+    repeats = 3 if len(x) <= 2 else 1
+    for _ in range(rounds):
+        for peer, encode in encoders.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                encode(x)
+            times[peer].append((time.perf_counter() - start) / repeats)
+    return {peer: (float(np.median(t)), cosines[peer]) for peer, t in times.items()}
+
+
+def _cosine(a: NDArray, b: NDArray) -> float:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / norms).min())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(cases: list, peers: list[str], rounds: int, threads: int) -> str:
+    """The Markdown table of all cases: milliseconds a batch, and how many times npclip's."""
+    rows = ["| | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
+    for name, what, batches in cases:
+        for batch, results in bench(name, what, batches, peers, rounds, threads).items():
+            own = results["npclip"][0]
+            cells = []
+            for peer in peers:
+                seconds, cosine = results.get(peer, (float("nan"), float("nan")))
+                ratio = "" if peer == "npclip" else f" ({seconds / own:.2f}x)"
+                cells.append("-" if np.isnan(seconds) else f"{seconds * 1e3:.1f}{ratio}")
+                print(
+                    f"{name} {what} b={batch:<3} {peer:14s} {seconds * 1e3:9.2f} ms "
+                    f"{batch / seconds:8.1f}/s  cosine {cosine:.7f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            rows.append(f"| {name} {what}, batch {batch} | " + " | ".join(cells) + " |")
+    versions = [f"npclip {npclip.__version__}", f"NumPy {np.__version__}"]
+    for module in ("torch", "onnxruntime", "openvino"):
+        if importlib.util.find_spec(module):
+            versions.append(f"{module} {importlib.import_module(module).__version__}")
+    note = f"Milliseconds a batch, float32, {threads} threads of {_processor()}; in brackets, times"
+    return f"{note} npclip's. {', '.join(versions)}.\n\n" + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=ARCHITECTURES, default="ViT-B/32", metavar="MODEL")
+    parser.add_argument("--what", choices=("image", "text"), default="image")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--peers", default=",".join(README_PEERS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the README's cases, into FILE")
+    args = parser.parse_args()
+    peers = args.peers.split(",")
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"unknown peers {unknown}; known: {', '.join(PEERS)}")
+    import torch
+
+    warnings.filterwarnings("ignore")  # the exporters' advice
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    batches = tuple(int(b) for b in args.batches.split(","))
+    cases = README_CASES if args.write else [(args.model, args.what, batches)]
+    text = table(cases, peers, args.rounds, args.threads)
+    if args.write:
+        replace_between_markers(args.write, text, START, END)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
