@@ -19,8 +19,8 @@ from .errors import DownloadError, ModelNotFoundError
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as stalled
-RETRIES = 5  # attempts in a row that bring nothing new
-BACKOFF = 1.0  # seconds before the first retry; doubles
+RETRIES = 4  # attempts in a row that bring nothing new
+BACKOFF = 0.5  # seconds before the first retry; doubles
 CHUNK = 1 << 18
 
 
@@ -245,7 +245,7 @@ def _transfer_once(file: RemoteFile, part: Path, start: int) -> bool:
             unit_divisor=1024, disable=not sys.stderr.isatty(),
         )  # fmt: skip
         with bar, open(part, "ab" if start else "wb") as stream:
-            while block := response.read(CHUNK):
+            while block := response.read1(CHUNK):  # read() drops its bytes at a stall
                 stream.write(block)
                 bar.update(len(block))
     return total is None or part.stat().st_size >= total

@@ -145,21 +145,19 @@ def _reason(error: Exception) -> str:
 
 def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     """The array as Pillow takes it: uint8 [H, W], [H, W, 3] or [H, W, 4]."""
-    shape = array.shape
-    hint = ""
-    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+    shape, hint = array.shape, ""
+    has_channels = array.ndim == 3 and shape[2] in (1, 3, 4)
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and not has_channels:
         hint = "; it looks like [C, H, W]: transpose(1, 2, 0) it"
     elif array.ndim == 4:
         hint = "; pass the images of a batch one by one"
     elif array.dtype != np.uint8:
         hint = "; scale the values to 0 .. 255 and convert them"
-    if array.dtype != np.uint8 or not (
-        array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))
-    ):
+    if array.dtype != np.uint8 or not (array.ndim == 2 or has_channels):
         raise ImageError(
             f"an image array must be uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], "
             f"not {array.dtype} {list(shape)}{hint}"
         )
     if 0 in shape:
         raise ImageError(f"an image array must not be empty, but its shape is {list(shape)}")
-    return array[..., 0] if array.ndim == 3 and shape[2] == 1 else array
+    return array[..., 0] if has_channels and shape[2] == 1 else array

@@ -15,12 +15,15 @@ import functools
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, TextTooLongError
+
+if TYPE_CHECKING:
+    import regex
 
 VOCAB_SIZE = 49408
 SOT = 49406  # start of text
@@ -125,7 +128,7 @@ def _vocabulary() -> _Vocabulary:
 
 
 @functools.cache
-def _word_pattern(special_tokens: bool) -> Any:
+def _word_pattern(special_tokens: bool) -> regex.Pattern[str]:
     import regex
 
     specials = r"<\|startoftext\|>|<\|endoftext\|>|" if special_tokens else ""
@@ -144,7 +147,7 @@ def _clean(text: str) -> str:
 
 
 @functools.cache
-def _whitespace() -> Any:
+def _whitespace() -> regex.Pattern[str]:
     import regex
 
     return regex.compile(r"\s+")

@@ -1,5 +1,6 @@
 """Shared by all tests: the repository's tools and pictures, and the small golden models."""
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,3 +48,12 @@ def golden(request, pictures, tmp_path_factory) -> Golden:
     golden = Golden(path, arrays)
     save_file(golden.weights, path, Metadata(activation="quick_gelu").to_strings())
     return golden
+
+
+@pytest.fixture(scope="session")
+def vit_b_32(tmp_path_factory) -> Path:
+    """A checkpoint of ViT-B/32 at full size with random weights."""
+    path = tmp_path_factory.mktemp("vit-b-32") / "random.safetensors"
+    command = [sys.executable, ROOT / "tools" / "random_checkpoint.py", "ViT-B/32", path]
+    subprocess.run(command, check=True, capture_output=True)
+    return path

@@ -18,6 +18,7 @@ import functools
 import importlib
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,16 +61,18 @@ def import_openai_clip() -> ModuleType:
     """
     import torch
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # operator torchvision::nms does not exist
-        for module in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[module]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.torchvision_stub = library  # declared for as long as it lives
-    return importlib.import_module("clip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # clip imports pkg_resources
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:  # operator torchvision::nms does not exist
+            for module in [name for name in sys.modules if name.startswith("torchvision")]:
+                del sys.modules[module]
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.torchvision_stub = library  # declared for as long as it lives
+        return importlib.import_module("clip")
 
 
 def compare(name: str, outliers: bool, seed: int = 0) -> Result:

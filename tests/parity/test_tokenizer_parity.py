@@ -43,6 +43,7 @@ ENTITIES = (
 EMOJI = "👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ❤️ 1️⃣ 👩🏿‍🚀 😀😀 ☆"
 WHITESPACE = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u200b\u3000\ufeff"
 CONTROL = "\x00\x07\x08\x1b[31m\x1b[0m\x7f\x80\x9f\ufffc\u202e\u200d\u00ad"
+QUOTED = "\u201cdon\u2019t\u201d"
 QUOTES = ["'", "\N{RIGHT SINGLE QUOTATION MARK}", "`", "''", "&#39;"]
 SPECIALS = ["<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "<|\u017ftartoftext|>", "<|", "|>"]
 
@@ -57,9 +58,7 @@ def words(source, rng):
 
 
 def mojibake(rng):
-    text = rng.choice(
-        ["naïve café", "“don’t”", "日本語", "Ünïcödé – €5", "👍🏽 ok", characters(rng)]
-    )
+    text = rng.choice(["naïve café", QUOTED, "日本語", "Ünïcödé €5", "👍🏽 ok", characters(rng)])
     for _ in range(rng.randint(1, 2)):
         codec = rng.choice(["latin-1", "cp1252", "cp437", "cp1251", "macroman"])
         text = text.encode("utf-8", "replace").decode(codec, "replace")
