@@ -7,6 +7,7 @@ that was hashed, so that later loads need not read it again.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -177,7 +178,7 @@ def _download(file: RemoteFile, path: Path) -> None:
     if _offline():
         raise DownloadError(f"NPCLIP_OFFLINE is set. {_by_hand(file, path)}")
     part = Path(f"{path}.part")
-    for attempt in (1, 2):
+    for attempts_left in (2, 1, 0) if part.exists() else (1, 0):
         _transfer(file, path, part)
         found = _sha256(part)
         if found == file.sha256:
@@ -187,7 +188,7 @@ def _download(file: RemoteFile, path: Path) -> None:
             _record(path, file)
             return
         part.unlink()  # wrong from the first byte or somewhere: once more, from the start
-        if attempt == 2:
+        if not attempts_left:
             raise DownloadError(f"the server's file has SHA-256 {found}. {_by_hand(file, path)}")
 
 
@@ -213,7 +214,7 @@ def _transfer(file: RemoteFile, path: Path, part: Path) -> None:
             elif http.code < 500 and http.code not in (408, 429):
                 break
         except (OSError, HTTPException) as reason:  # URLError and time-outs are OSErrors
-            if isinstance(reason, OSError) and reason.filename:
+            if isinstance(reason, OSError) and (reason.filename or reason.errno == errno.ENOSPC):
                 raise  # the disk, not the network
             error = str(getattr(reason, "reason", None) or reason or type(reason).__name__)
         after = part.stat().st_size if part.exists() else 0
