@@ -92,8 +92,7 @@ def preprocess(
     width, height = (size, size) if resize == "squash" else _resized(image.size, size)
     left, top = round((width - size) / 2), round((height - size) / 2)  # halves go to even
     try:
-        if image.size != (width, height):  # for Pillow even the same size may change the pixels
-            image = image.resize((width, height), filters[interpolation])
+        image = image.resize((width, height), filters[interpolation])
         image = image.crop((left, top, left + size, top + size)).convert("RGB")
     except Exception as error:  # its modes fail in as many ways as its plugins, see _open
         raise ImageError(f"cannot turn mode {image.mode} into RGB: {_reason(error)}") from error

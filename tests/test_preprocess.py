@@ -101,6 +101,9 @@ def test_long_side_is_rounded_down():
     image = noise("RGB", 640, 427)  # 224 * 640 / 427 = 335.7
     resized = image.resize((335, 224), PIL.Image.Resampling.BICUBIC)
     assert (preprocess(image, 224) == normalized(np.asarray(resized)[:, 56:280])).all()
+    image = noise("RGB", 55, 11)  # 24 * 55 / 11 = 120, but 55 * (24 / 11) = 119.99...
+    resized = image.resize((120, 24), PIL.Image.Resampling.BICUBIC)
+    assert (preprocess(image, 24) == normalized(np.asarray(resized)[:, 48:72])).all()
 
 
 def test_rgb_after_the_resize():
