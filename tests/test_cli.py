@@ -4,15 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import npclip
 from npclip.__main__ import main
 from npclip.checkpoint import open_checkpoint
 
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
