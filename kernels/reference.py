@@ -70,7 +70,9 @@ def layer_norm(x, weight, bias, eps=1e-5):  # [N, D] -> [N, D]
     """y = (x - mean) / sqrt(var + eps) * weight + bias, over the last axis"""
     y = x - x.mean(-1, keepdims=True)
     y /= np.sqrt(np.square(y).mean(-1, keepdims=True) + x.dtype.type(eps))
-    return y * weight + bias
+    y *= weight
+    y += bias
+    return y
 
 
 def add_layer_norm(x, h, weight, bias, eps=1e-5):  # [N, D] -> [N, D], [N, D]
@@ -81,8 +83,11 @@ def add_layer_norm(x, h, weight, bias, eps=1e-5):  # [N, D] -> [N, D], [N, D]
 
 def quick_gelu(x):
     """y = x sigmoid(1.702 x)"""
+    y = x * x.dtype.type(-1.702)
     with np.errstate(over="ignore"):  # exp -> inf gives the right limit, -0
-        return x / (1 + np.exp(x * x.dtype.type(-1.702)))
+        np.exp(y, out=y)
+    y += 1
+    return np.divide(x, y, out=y)
 
 
 def gelu(x):

@@ -56,10 +56,7 @@ def load(
     """
     towers = _check_towers(towers)
     _, device, dtype = ops.backend(device, dtype)  # fails before anything is downloaded
-    checkpoint, config = open_model(name_or_path, download_root, activation)
-    with _naming(checkpoint):
-        params = load_parameters(checkpoint, config, towers)
-    return CLIP(config, checkpoint.metadata, params, device, dtype)
+    return load_opened(*open_model(name_or_path, download_root, activation), towers, device, dtype)
 
 
 def open_model(
@@ -77,6 +74,15 @@ def open_model(
             checkpoint.metadata = dataclasses.replace(checkpoint.metadata, activation=activation)
         shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
         return checkpoint, infer_config(shapes, checkpoint.metadata)
+
+
+def load_opened(
+    checkpoint: Checkpoint, config: Config, towers: tuple[str, ...], device: str, dtype: str
+) -> CLIP:
+    """The second half of load(): reads the weights."""
+    with _naming(checkpoint):
+        params = load_parameters(checkpoint, config, towers)
+    return CLIP(config, checkpoint.metadata, params, device, dtype)
 
 
 @contextmanager

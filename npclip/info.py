@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint
-from .clip import CLIP, TOWERS, load, open_model
+from .checkpoint import Checkpoint, towers_of
+from .clip import CLIP, load_opened, open_model
 from .config import Config, tensor_shapes
 from .params import as_float32
 
@@ -30,8 +30,8 @@ def describe(name_or_path: str, activation: str | None = None, tensors: bool = F
     when these agree to 1e-6.
     """
     checkpoint, config = open_model(name_or_path, activation=activation)
-    present = [t for t, count in zip(TOWERS, _layers(config), strict=True) if count]
-    model = load(name_or_path, towers=present, activation=activation)
+    present = towers_of(config)
+    model = load_opened(checkpoint, config, tuple(present), "cpu", "float32")
     report: Report = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -45,10 +45,6 @@ def describe(name_or_path: str, activation: str | None = None, tensors: bool = F
     if tensors:
         report["tensors"] = {k: [t.dtype, *t.shape] for k, t in checkpoint.tensors.items()}
     return report
-
-
-def _layers(config: Config) -> tuple[Any, int]:
-    return config.vision_layers, config.transformer_layers
 
 
 def fingerprint(checkpoint: Checkpoint, config: Config, model: CLIP, towers: list[str]) -> Report:

@@ -146,6 +146,11 @@ def conv2d(
     """activation(convolution + bias + residual), padding k // 2"""
     if x.ndim != 4 or weight.ndim != 4 or x.shape[3] != weight.shape[3]:
         raise _mismatch("conv2d", x=x, weight=weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise _mismatch("conv2d", bias=bias, weight=weight)
+    height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
+    if residual is not None and residual.shape != (len(x), height, width, len(weight)):
+        raise _mismatch("conv2d", residual=residual, x=x, weight=weight)
     _check_activation("conv2d", activation)
     return reference.conv2d(x, weight, bias, stride, activation, residual)
 

@@ -184,6 +184,8 @@ def _fold_batch_norm(weight: Float32, bn: Parameters) -> Parameters:
     y = (conv(x) - mean) / sqrt(var + eps) * gain + bias, folded in float64.
     """
     scale = bn["weight"] / np.sqrt(bn["running_var"].astype(np.float64) + BATCH_NORM_EPS)
-    folded = weight.transpose(0, 2, 3, 1) * scale[:, None, None, None]
+    weight = weight.transpose(0, 2, 3, 1)
+    folded = np.empty(weight.shape, np.float32)
+    np.multiply(weight, scale[:, None, None, None], out=folded, casting="same_kind")
     bias = bn["bias"] - bn["running_mean"] * scale
-    return {"weight": np.ascontiguousarray(folded, np.float32), "bias": bias.astype(np.float32)}
+    return {"weight": folded, "bias": bias.astype(np.float32)}

@@ -40,6 +40,10 @@ BAD_CALLS = {
         np.array([0]), np.array([-1]), zeros(3, 2), zeros(3, 2)
     ),
     "conv2d": lambda: ops.conv2d(zeros(1, 4, 4, 3), zeros(2, 3, 3, 4)),
+    "conv2d: bias": lambda: ops.conv2d(zeros(1, 4, 4, 3), zeros(2, 3, 3, 3), zeros(3)),
+    "conv2d: residual": lambda: ops.conv2d(
+        zeros(1, 4, 4, 3), zeros(2, 3, 3, 3), stride=2, residual=zeros(1, 4, 4, 2)
+    ),
     "conv2d: activation": lambda: ops.conv2d(zeros(1, 4, 4, 3), zeros(2, 3, 3, 3), activation="x"),
     "avg_pool2d": lambda: ops.avg_pool2d(zeros(1, 4, 5, 3), 2),
 }
