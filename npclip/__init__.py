@@ -13,6 +13,7 @@ from .errors import (
     DownloadError,
     ImageError,
     InputError,
+    InputTypeError,
     ModelNotFoundError,
     NpclipError,
     TextTooLongError,
@@ -20,6 +21,7 @@ from .errors import (
 )
 from .hub import available_models
 from .report import show_config
+from .threads import get_num_threads, set_num_threads
 from .tokenizer import tokenize
 
 __version__ = "0.1.0"
@@ -30,12 +32,15 @@ __all__ = [
     "DownloadError",
     "ImageError",
     "InputError",
+    "InputTypeError",
     "ModelNotFoundError",
     "NpclipError",
     "TextTooLongError",
     "UnknownActivationError",
     "available_models",
+    "get_num_threads",
     "load",
+    "set_num_threads",
     "show_config",
     "softmax",
     "tokenize",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any
 
 from .errors import NpclipError
@@ -15,18 +18,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        return _print(args.run(args))
     except NpclipError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        sys.stderr.close()
-        return 1
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("npclip: interrupted", file=sys.stderr)
         return 130
+
+
+def _print(text: str) -> int:
+    """Write a command's output; returns the exit code."""
+    if sys.stdout is None:  # closed, as by `>&-`
+        return 0
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with suppress(OSError):  # or the interpreter would fail to flush it again
+            sys.stdout.close()
+        if isinstance(error, BrokenPipeError):  # its reader has left, as `| head` does
+            return 1
+        return _fail(f"standard output: {error.strerror}")
     return 0
 
 
@@ -44,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(run: Any, name: str, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, usage_error=sub.error)
         return sub
 
     model_help = "a name of `npclip models`, a checkpoint file or a directory"
@@ -81,50 +96,52 @@ def _add_activation(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _classify(args: argparse.Namespace) -> None:
+def _classify(args: argparse.Namespace) -> str:
     from .clip import load
 
+    for label, count in Counter(args.labels).items():
+        if count > 1:
+            args.usage_error(f"the label {label!r} is given twice")
     model = load(args.model, activation=args.activation)
     probabilities = model.classify(args.image, args.labels, args.template)
     pairs = sorted(zip(args.labels, probabilities.tolist(), strict=True), key=lambda p: -p[1])
     if args.json:
-        print(json.dumps(dict(pairs), ensure_ascii=False))
-        return
+        return json.dumps(dict(pairs))
     width = max(map(len, args.labels))
-    for label, probability in pairs:
-        bar = "#" * round(40 * probability)
-        print(f"{label:<{width}}  {probability:7.2%}  {bar}".rstrip())
+    rows = (f"{label:<{width}}  {p:7.2%}  {'#' * round(40 * p)}" for label, p in pairs)
+    return "\n".join(row.rstrip() for row in rows)
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> str:
     from . import hub
     from .convert import convert
 
     named = args.source in hub.MODELS
     activation = args.activation or ("quick_gelu" if named else None)
     metadata = convert(hub.resolve(args.source), args.target, args.dtype, activation)
-    print(f"{args.target}: {metadata.activation}, from SHA-256 {metadata.source_sha256}")
+    return f"{args.target}: {metadata.activation}, from SHA-256 {metadata.source_sha256}"
 
 
-def _info(args: argparse.Namespace) -> None:
+def _info(args: argparse.Namespace) -> str:
     from .info import describe, lines
 
     report = describe(args.model, args.activation, tensors=args.tensors)
-    print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)))
+    return json.dumps(report, indent=2) if args.json else "\n".join(lines(report))
 
 
-def _models(args: argparse.Namespace) -> None:
+def _models(args: argparse.Namespace) -> str:
     from . import hub
     from .config import ARCHITECTURES, tensor_shapes
 
-    print(f"{'name':<16}{'parameters':>12}{'pixels':>8}{'embedding':>11}{'download':>11}")
+    rows = [f"{'name':<16}{'parameters':>12}{'pixels':>8}{'embedding':>11}{'download':>11}"]
     for name, file in hub.MODELS.items():
         config = ARCHITECTURES[name]
         count = sum(_size(s) for k, s in tensor_shapes(config).items() if ".running_" not in k)
-        print(
+        rows.append(
             f"{name:<16}{count / 1e6:>10.1f} M{config.image_resolution:>8}"
             f"{config.embed_dim:>11}{file.size_mib:>7} MiB"
         )
+    return "\n".join(rows)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import Config, Metadata, tensor_shapes
+from .config import Config, Metadata, image_resolution, tensor_shapes
 from .errors import CheckpointError
 from .key_names import is_hugging_face, strip_wrappers, to_openai
 from .metadata_files import hugging_face_metadata, open_clip_metadata, read_json
@@ -147,18 +147,20 @@ def _open(path: Path) -> Checkpoint:
         containers.add(container)
     tensors = strip_wrappers(tensors)
     hugging_face = is_hugging_face(tensors)
+    tensors = to_openai(tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout = "Hugging Face" if hugging_face else "OpenAI"
     config = path.parent / OPEN_CLIP_CONFIG
     if strings.get("format") == "npclip":
         layout, metadata = "npclip", Metadata.from_strings(strings)
     elif hugging_face:
-        metadata = hugging_face_metadata(path.parent)
+        metadata = hugging_face_metadata(path.parent, image_resolution(shapes))
     elif activation is None and config.is_file():
-        layout, metadata = "open_clip", open_clip_metadata(config)
+        layout, metadata = "open_clip", open_clip_metadata(config, image_resolution(shapes))
     else:
         metadata = Metadata(activation=activation)
     kind = f"{layout} {' and '.join(sorted(containers))}"
-    checkpoint = Checkpoint(path, kind, to_openai(tensors), metadata, files)
+    checkpoint = Checkpoint(path, kind, tensors, metadata, files)
     if metadata.activation is None and _is_openai_download(checkpoint):
         checkpoint.metadata = dataclasses.replace(metadata, activation="quick_gelu")
     return checkpoint

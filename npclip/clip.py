@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import hub, inputs, ops
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import Config, Metadata, infer_config
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, InputTypeError
 from .inputs import ImageInput
 from .model import encode_image, encode_text
 from .ops import Parameters
@@ -46,7 +46,12 @@ def load(
     name_or_path: a name of available_models(), downloaded once and verified, or a path: OpenAI's
         .pt, a torch.save state_dict, safetensors, or a Hugging Face or open_clip directory.
     device: "cpu", also the default.
-    dtype: "float32", also the default: the dtype of the arithmetic, exact for any stored dtype.
+    dtype: "float32", also the default: exact for any stored dtype. Matrices that are stored in
+        float16 stay so in memory, and are widened where they are used.
+        "float16": matrices are kept in float16, the arithmetic is in float32: the bits of
+        "float32" where the checkpoint stores float16, half the memory where it does not.
+        "bfloat16": matrices, and what they are multiplied with, are rounded to bfloat16; sums,
+        attention and LayerNorm are in float32. Without AVX512-BF16 the matrices only.
     download_root: cache directory instead of $NPCLIP_CACHE or ~/.cache/npclip.
     towers: ("image", "text") or one of them; the other's weights are not read.
     activation: "quick_gelu" or "gelu", for a checkpoint that does not record it.
@@ -55,7 +60,7 @@ def load(
     and BackendError, all from npclip.errors.
     """
     towers = _check_towers(towers)
-    _, device, dtype = ops.backend(device, dtype)  # fails before anything is downloaded
+    device, dtype = ops.resolve(device, dtype)  # fails before anything is downloaded
     return load_opened(*open_model(name_or_path, download_root, activation), towers, device, dtype)
 
 
@@ -81,7 +86,8 @@ def load_opened(
 ) -> CLIP:
     """The second half of load(): reads the weights."""
     with _naming(checkpoint):
-        params = load_parameters(checkpoint, config, towers)
+        params = load_parameters(checkpoint, config, towers, ops.keeps_float16())
+        ops.prepare(params, dtype, checkpoint.release)
     return CLIP(config, checkpoint.metadata, params, device, dtype)
 
 
@@ -177,7 +183,7 @@ class CLIP:
         normalize: divide each embedding by its L2 norm.
 
         Raises ImageError for an image that cannot be read, InputError for an array that cannot be
-        one, TypeError for anything else.
+        one, InputTypeError for anything else.
         """
         resolution = self.config.image_resolution
         batch_size = max(1, PIXELS_PER_BATCH // resolution**2)
@@ -193,7 +199,8 @@ class CLIP:
         truncate: cut texts of more than context_length tokens instead of raising
             TextTooLongError.
 
-        Raises InputError for token ids of a wrong shape, dtype or range, TypeError for other types.
+        Raises InputError for token ids of a wrong shape, dtype or range, InputTypeError for other
+        types.
         """
         length, vocab = self.context_length, self.vocab_size
         to_ids = partial(tokenize, context_length=length, truncate=truncate)
@@ -212,18 +219,18 @@ class CLIP:
         return logits_per_image, logits_per_image.T
 
     def classify(
-        self, image: Any, labels: Sequence[str], template: str = "a photo of a {}."
+        self, image: Any, labels: Iterable[str], template: str = "a photo of a {}."
     ) -> Float32:
         """Zero-shot probabilities of the labels: [L] for one image, [B, L] for several.
 
         image: as in encode_image. template: the prompt, in which {} stands for the label.
+
+        Raises InputTypeError for a label or template that is not a str, InputError for a template
+        without {} or no label at all.
         """
-        if isinstance(labels, str) or not len(labels):
-            raise InputError("labels must be a list of at least one string")
-        if "{}" not in template:
-            raise InputError(f"the template {template!r} has no {{}} for the label")
+        prompts = _prompts(labels, template)
         images = self.encode_image(image, normalize=True)
-        texts = self.encode_text([template.replace("{}", label) for label in labels], True)
+        texts = self.encode_text(prompts, normalize=True)
         return softmax(np.exp(self.logit_scale) * images @ texts.T)
 
     def _tower(self, name: str) -> Parameters:
@@ -244,7 +251,29 @@ class CLIP:
         return result[0] if single else result
 
 
+def _prompts(labels: Iterable[str], template: str) -> list[str]:
+    """The template with each label in the place of its {}."""
+    if not isinstance(template, str):
+        raise InputTypeError(f"the template must be a str, not {type(template).__name__}")
+    if "{}" not in template:
+        raise InputError(f"the template {template!r} has no {{}} for the label")
+    if not isinstance(labels, Iterable):
+        raise InputTypeError(f"labels must be a list of str, not {type(labels).__name__}")
+    labels = [] if isinstance(labels, str) else list(labels)
+    if not labels:
+        raise InputError("labels must be a list of at least one str")
+    for index, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise InputTypeError(f"label {index} must be a str, not {type(label).__name__}")
+    return [template.replace("{}", label) for label in labels]
+
+
 def softmax(x: Any) -> Float32:
-    """exp(x) / sum exp(x) along the last axis, of any array-like; float32 unless x is float64."""
+    """exp(x) / sum exp(x) along the last axis, of any array-like; float32 unless x is float64.
+
+    Raises InputError where there is no last axis or nothing on it.
+    """
     x = np.asarray(x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise InputError(f"softmax needs at least one value, not an array {list(x.shape)}")
     return ops.softmax(x if x.dtype in (np.float32, np.float64) else x.astype(np.float32))

@@ -236,6 +236,16 @@ def _resnet_shapes(config: Config) -> dict[str, Shape]:
     return shapes
 
 
+def image_resolution(shapes: Mapping[str, Shape]) -> int | None:
+    """Pixels a side of the images that these tensors (see infer_config) take; None: no images."""
+    if "visual.proj" in shapes:
+        grid = _side(shapes, "visual.positional_embedding")
+        return grid * _dims(shapes, "visual.conv1.weight", 4)[2]
+    if "visual.layer1.0.conv1.weight" in shapes:
+        return _side(shapes, "visual.attnpool.positional_embedding") * 32
+    return None
+
+
 def infer_config(shapes: Mapping[str, Shape], metadata: Metadata) -> Config:
     """Config of the model whose tensors have these shapes (names as in openai/CLIP).
 
@@ -300,10 +310,9 @@ def _infer_vision(shapes: Mapping[str, Shape], metadata: Metadata) -> dict[str, 
     if "visual.proj" in shapes:
         width, _, patch, _ = _dims(shapes, "visual.conv1.weight", 4)
         layers = _count(shapes, r"visual\.transformer\.resblocks\.(\d+)\.")
-        grid = _side(shapes, "visual.positional_embedding")
         return {
             "embed_dim": _dims(shapes, "visual.proj", 2)[1],
-            "image_resolution": grid * patch,
+            "image_resolution": image_resolution(shapes),
             "vision_layers": layers,
             "vision_width": width,
             "vision_patch_size": patch,
@@ -315,7 +324,7 @@ def _infer_vision(shapes: Mapping[str, Shape], metadata: Metadata) -> dict[str, 
         stages = [_count(shapes, rf"visual\.layer{s}\.(\d+)\.") for s in (1, 2, 3, 4)]
         return {
             "embed_dim": _dims(shapes, "visual.attnpool.c_proj.weight", 2)[0],
-            "image_resolution": _side(shapes, "visual.attnpool.positional_embedding") * 32,
+            "image_resolution": image_resolution(shapes),
             "vision_layers": tuple(stages),
             "vision_width": width,
             "vision_patch_size": 0,

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,13 +41,17 @@ def convert(
     nearest even) and keeps the other tensors as stored; "float32" casts all; None keeps all.
     activation, "quick_gelu" or "gelu", overrides what the checkpoint says.
 
-    target appears complete or not at all, replacing a file of that name. Raises CheckpointError for
-    a source that is not one whole CLIP model, a value too large for dtype, or target = source;
-    UnknownActivationError where activation is needed; OSError where target cannot be written.
+    target appears complete or not at all, replacing a regular file of that name, never anything
+    else. Raises CheckpointError for a source that is not one whole CLIP model, a value that is NaN,
+    infinite or too large for dtype, or a bad target; UnknownActivationError where activation is
+    needed; OSError where target cannot be written.
     """
     if dtype is not None and dtype not in TARGETS:
         raise CheckpointError(f"dtype {dtype!r} is not one of: {', '.join(TARGETS)}")
-    checkpoint, target = open_checkpoint(source), Path(target)
+    target = Path(target)
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{target}: exists and is not a regular file")
+    checkpoint = open_checkpoint(source)
     if any(target.exists() and target.samefile(file.path) for file in checkpoint.files):
         raise CheckpointError(f"{target}: refusing to overwrite the source")
     metadata = dataclasses.replace(
@@ -81,9 +86,11 @@ def _write_atomically(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:  # Ctrl-C, too
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+    finally:
+        with suppress(OSError):  # there is none after success
+            temporary.unlink()
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata) -> None:
@@ -107,9 +114,17 @@ def _write(file: BinaryIO, checkpoint: Checkpoint, dtype: str | None, metadata: 
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         tensor = checkpoint.tensors[name]
-        array = cast(name, tensor.read(), tensor.dtype, dtypes[name])
+        array = tensor.read()
+        _check_finite(name, array, tensor.dtype)
+        array = cast(name, array, tensor.dtype, dtypes[name])
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         checkpoint.release()
+
+
+def _check_finite(name: str, array: Array, dtype: str) -> None:
+    finite = (array & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(array)
+    if bad := array.size - np.count_nonzero(finite):
+        raise CheckpointError(f"tensor {name}: {bad} of {array.size} values are NaN or infinite")
 
 
 def cast(name: str, array: Array, source: str, target: str) -> Array:

@@ -34,5 +34,9 @@ class InputError(NpclipError, ValueError):
     """An array has the wrong shape, dtype or values."""
 
 
+class InputTypeError(NpclipError, TypeError):
+    """An argument is of a type that means nothing here."""
+
+
 class TextTooLongError(NpclipError, RuntimeError):
     """A text has more tokens than the model's context holds."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,25 @@ def resolve(
     name = os.fspath(name_or_path)
     if name in MODELS:
         return _fetch(MODELS[name], cache_directory(download_root))
-    if name and Path(name).exists():
-        return Path(name)
+    try:
+        if name and Path(name).exists():
+            return Path(name)
+    except OSError as error:  # a name too long, a directory that may not be read
+        raise ModelNotFoundError(f"{name!r}: {error.strerror or error}") from error
     raise ModelNotFoundError(f"{name!r} is neither a file nor a model name{_suggestion(name)}")
 
 
 def cache_directory(download_root: str | os.PathLike[str] | None = None) -> Path:
-    """Where downloads are kept: download_root, $NPCLIP_CACHE, or npclip in the user's cache."""
-    if root := download_root or os.environ.get("NPCLIP_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "npclip"
+    """Where downloads are kept: download_root, $NPCLIP_CACHE, or npclip in the user's cache.
+
+    Raises DownloadError where that is in the home directory and there is none.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "npclip"
+    directory = Path(download_root or os.environ.get("NPCLIP_CACHE") or default)
+    try:
+        return directory.expanduser()
+    except RuntimeError as error:
+        raise DownloadError(f"{directory}: {error} Set NPCLIP_CACHE to a directory") from error
 
 
 def _suggestion(name: str) -> str:
@@ -109,10 +119,9 @@ def _fetch(file: RemoteFile, directory: Path) -> Path:
     path = directory / file.filename
     if _is_verified(path, file):
         return path
-    shared = Path("~/.cache/clip").expanduser() / file.filename
-    if not path.exists() and shared.is_file() and _sha256(shared) == file.sha256:
-        return shared
     try:
+        if not path.exists() and (shared := _shared(file)):
+            return shared
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # held by the OS: a killed process lets go of it
             if path.exists() and not _is_verified(path, file):
@@ -120,8 +129,26 @@ def _fetch(file: RemoteFile, directory: Path) -> Path:
             if not path.exists():
                 _download(file, path)
     except OSError as error:
+        if _is_right(path, file):  # in a cache that may only be read
+            return path
         raise DownloadError(f"{error.strerror or error}. {_by_hand(file, path)}") from error
     return path
+
+
+def _shared(file: RemoteFile) -> Path | None:
+    """openai/CLIP's copy of the file, where there is a right one."""
+    try:
+        path = Path("~/.cache/clip").expanduser() / file.filename
+    except RuntimeError:  # no home directory
+        return None
+    return path if _is_right(path, file) else None
+
+
+def _is_right(path: Path, file: RemoteFile) -> bool:
+    try:
+        return _sha256(path) == file.sha256
+    except OSError:
+        return False
 
 
 def _check_existing(path: Path, file: RemoteFile) -> None:
@@ -135,20 +162,21 @@ def _check_existing(path: Path, file: RemoteFile) -> None:
     os.replace(path, f"{path}.wrong")
 
 
-def _verification(path: Path, file: RemoteFile) -> str:
+def _verification(path: Path, file: RemoteFile) -> bytes:
     stat = path.stat()
-    return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{file.sha256} {stat.st_size} {stat.st_mtime_ns}".encode()
 
 
 def _is_verified(path: Path, file: RemoteFile) -> bool:
     try:
-        return Path(f"{path}.verified").read_text() == _verification(path, file)
+        return Path(f"{path}.verified").read_bytes() == _verification(path, file)
     except OSError:
         return False
 
 
 def _record(path: Path, file: RemoteFile) -> None:
-    Path(f"{path}.verified").write_text(_verification(path, file))
+    with suppress(OSError):  # it only saves time
+        Path(f"{path}.verified").write_bytes(_verification(path, file))
 
 
 def _sha256(path: Path) -> str:
@@ -194,7 +222,7 @@ def _download(file: RemoteFile, path: Path) -> None:
 
 def _transfer(file: RemoteFile, path: Path, part: Path) -> None:
     """All bytes into part, over as many connections as it takes while each brings more."""
-    from http.client import HTTPException
+    from http.client import HTTPException, InvalidURL
     from urllib.error import HTTPError
 
     failures, error = 0, ""
@@ -213,6 +241,9 @@ def _transfer(file: RemoteFile, path: Path, part: Path) -> None:
                 part.unlink(missing_ok=True)
             elif http.code < 500 and http.code not in (408, 429):
                 break
+        except (InvalidURL, ValueError) as reason:  # NPCLIP_MIRROR is no URL
+            error = f"invalid URL: {reason}"
+            break
         except (OSError, HTTPException) as reason:  # URLError and time-outs are OSErrors
             if isinstance(reason, OSError) and (reason.filename or reason.errno == errno.ENOSPC):
                 raise  # the disk, not the network

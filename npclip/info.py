@@ -36,7 +36,7 @@ def describe(name_or_path: str, activation: str | None = None, tensors: bool = F
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "towers": present,
-        "parameters": sum(prod(s) for s in tensor_shapes(config, present).values()),
+        "parameters": sum(prod(t.shape) for t in checkpoint.tensors.values()),
         "stored": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "config": dataclasses.asdict(config),
         "metadata": dataclasses.asdict(checkpoint.metadata),
@@ -51,6 +51,8 @@ def fingerprint(checkpoint: Checkpoint, config: Config, model: CLIP, towers: lis
     """weights_sha256, and the probe's numbers for the towers that are there."""
     digest = hashlib.sha256()
     for name, shape in sorted(tensor_shapes(config, towers).items()):
+        if name not in checkpoint.tensors:  # logit_scale, which one tower alone may lack
+            continue
         digest.update(f"{name} {shape}\n".encode())
         digest.update(as_float32(name, checkpoint.tensors[name]).data)
         checkpoint.release()

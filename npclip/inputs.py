@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ImageError, InputError
+from .errors import ImageError, InputError, InputTypeError
 from .preprocess import load_image
 
 __all__ = ["ImageInput", "image_batches", "load_image", "text_batches"]
@@ -23,50 +24,57 @@ def image_batches(
     x: Any, preprocess: Callable[[Any], NDArray[np.float32]], resolution: int, size: int
 ) -> tuple[Batches, bool]:
     """float32 batches [<= size, 3, R, R] of what encode_image takes, and whether x is one image."""
+    x = _unwrap(x)
+    if isinstance(x, np.ndarray) and x.ndim == 4 and x.dtype.kind == "f":
+        _check_pixels(x, (len(x), 3, resolution, resolution))
+        parts = (x[i : i + size] for i in range(0, len(x), size))
+        return (np.asarray(part, np.float32) for part in parts), False
     if _is_image(x):
-        array = _as_array(x)
-        if array is not None and array.ndim == 4 and array.dtype.kind == "f":
-            _check_pixels(array, (array.shape[0], 3, resolution, resolution))
-            parts = (array[i : i + size] for i in range(0, len(array), size))
-            return (np.asarray(part, np.float32) for part in parts), False
-        if array is None or array.ndim != 4:
-            return iter([_pixels(x, preprocess, resolution)[None]]), True
-        x = array  # uint8 [B, H, W, 3]: as a list of images
+        return iter([_pixels(x, preprocess, resolution)[None]]), True
     if not isinstance(x, Iterable):
-        raise TypeError(f"an image or images expected, not {type(x).__name__}")
+        raise InputTypeError(f"an image or images expected, not {type(x).__name__}")
     return _stack(_numbered(x, preprocess, resolution), size), False
 
 
+def _unwrap(x: Any) -> Any:
+    """Arrays of other libraries as NumPy's, NumPy's arrays of strings or objects as lists.
+
+    Looks at the type only: the __array_interface__ of a PIL image decodes and copies it.
+    """
+    if isinstance(x, (str, bytes)) or _is_pil(x):
+        return x  # NumPy's own str and bytes have __array__, too
+    if hasattr(type(x), "__array__") or hasattr(type(x), "__array_interface__"):
+        x = np.asarray(x)
+        return x.tolist() if x.dtype.kind in "OSTU" else x
+    return x
+
+
+def _is_pil(x: Any) -> bool:
+    module = sys.modules.get("PIL.Image")  # not imported: no image of it exists
+    return module is not None and isinstance(x, module.Image)
+
+
 def _is_image(x: Any) -> bool:
-    return isinstance(x, (str, os.PathLike, bytes, bytearray)) or _has_array(x)
-
-
-def _has_array(x: Any) -> bool:
-    """True for NumPy arrays, PIL images, and tensors of other libraries on the host."""
-    return hasattr(x, "__array__") or hasattr(x, "__array_interface__")
-
-
-def _as_array(x: Any) -> NDArray[Any] | None:
-    is_pil = hasattr(x, "convert") and hasattr(x, "mode")
-    return np.asarray(x) if _has_array(x) and not is_pil else None
+    """True for one image; an array [B, H, W, 3] is a list of them."""
+    if isinstance(x, np.ndarray):
+        return x.ndim != 4
+    return isinstance(x, (str, os.PathLike, bytes, bytearray)) or _is_pil(x)
 
 
 def _numbered(x: Iterable[Any], preprocess: Callable[[Any], Any], resolution: int) -> Batches:
     for index, item in enumerate(x):
         try:
             yield _pixels(item, preprocess, resolution)
-        except (ImageError, InputError, TypeError) as error:
+        except (ImageError, InputError, InputTypeError) as error:
             raise type(error)(f"image {index}: {error}") from error
 
 
 def _pixels(x: Any, preprocess: Callable[[Any], Any], resolution: int) -> NDArray[np.float32]:
-    array = _as_array(x)
-    if array is None:
+    x = _unwrap(x)
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
         return preprocess(x)
-    if array.dtype.kind != "f":
-        return preprocess(array)
-    _check_pixels(array, (3, resolution, resolution))
-    return np.asarray(array, np.float32)
+    _check_pixels(x, (3, resolution, resolution))
+    return np.asarray(x, np.float32)
 
 
 def _check_pixels(array: NDArray[Any], shape: tuple[int, ...]) -> None:
@@ -80,22 +88,23 @@ def _check_pixels(array: NDArray[Any], shape: tuple[int, ...]) -> None:
 
 def text_batches(
     x: Any,
-    tokenize: Callable[[list[str]], NDArray[np.int32]],
+    tokenize: Callable[..., NDArray[np.int32]],
     context_length: int,
     vocab_size: int,
     size: int,
 ) -> tuple[Batches, bool]:
     """Token id batches [<= size, L] of what encode_text takes, and whether x is one text."""
+    x = _unwrap(x)
     if isinstance(x, str):
-        return iter([tokenize([x])]), True
+        return iter([tokenize([str(x)])]), True
     if isinstance(x, (list, tuple)) and x and not isinstance(x[0], str):
         x = _integers(x)
-    if _has_array(x) and np.asarray(x).dtype.kind not in "OU":
-        ids = _check_ids(np.asarray(x), context_length, vocab_size)
+    if isinstance(x, np.ndarray):
+        ids = _check_ids(x, context_length, vocab_size)
         batch = ids if ids.ndim == 2 else ids[None]
         return (batch[i : i + size] for i in range(0, len(batch), size)), ids.ndim == 1
     if isinstance(x, (bytes, bytearray)) or not isinstance(x, Iterable):
-        raise TypeError(f"a text, texts or token ids expected, not {type(x).__name__}")
+        raise InputTypeError(f"a text, texts or token ids expected, not {type(x).__name__}")
     return _tokenized(iter(x), tokenize, size), False
 
 
@@ -105,13 +114,16 @@ def _integers(x: Any) -> NDArray[Any]:
     except ValueError:
         array = np.asarray(None)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"texts or token ids expected, not a list of {type(x[0]).__name__}")
+        raise InputTypeError(f"texts or token ids expected, not a list of {type(x[0]).__name__}")
     return array
 
 
-def _tokenized(x: Iterator[str], tokenize: Callable[[list[str]], Any], size: int) -> Batches:
-    while texts := list(islice(x, size)):
-        yield tokenize([str(t) if isinstance(t, np.str_) else t for t in texts])
+def _tokenized(x: Iterator[str], tokenize: Callable[..., Any], size: int) -> Batches:
+    for first in count(0, size):
+        if not (texts := list(islice(x, size))):
+            return
+        texts = [str(t) if isinstance(t, np.str_) else t for t in texts]
+        yield tokenize(texts, first_index=first)
 
 
 def _check_ids(ids: NDArray[Any], context_length: int, vocab_size: int) -> NDArray[Any]:

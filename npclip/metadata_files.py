@@ -1,13 +1,15 @@
 """Reads the JSON files that other projects keep beside their weights, into Metadata.
 
 Hugging Face: config.json and preprocessor_config.json. open_clip: open_clip_config.json. What they
-say about shapes is ignored (the tensors know better); what npclip would compute differently is an
-error here, never a slightly wrong embedding later.
+say about the tensors' shapes is ignored (the tensors know better); what npclip would compute
+differently is an error here, never a slightly wrong embedding later. The size of images is checked
+against `resolution`, the pixels a side that the tensors take; None where they take no images.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +132,24 @@ class Section:
         if type(value) is not type(wanted) or value != wanted:
             raise self.error(key, f"is {json.dumps(value)[:60]}: not supported")
 
+    def require_size(self, key: str, resolution: int, spellings: Iterable[object]) -> None:
+        """Raise CheckpointError unless the value is absent, null or one of the spellings."""
+        value = self.values.get(key)
+        if value is not None and without_nulls(value) not in spellings:
+            wanted = f"the tensors take images of {resolution} pixels a side"
+            raise self.error(key, f"is {json.dumps(value)[:60]}: {wanted}")
+
     def require_known(self, known: dict[str, tuple[object, ...] | None]) -> None:
         """Raise CheckpointError for an option outside known, or a value outside known's."""
         for key, value in self.values.items():
             allowed = known.get(key, ())
             if value and allowed is not None and value not in allowed:
                 raise self.error(key, f"is {json.dumps(value)[:60]}: not supported")
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON object without the keys that are null; any other value as it is."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def read_json(path: Path) -> Section:
@@ -155,15 +169,15 @@ def read_json(path: Path) -> Section:
     return Section(path, values)
 
 
-def hugging_face_metadata(directory: Path) -> Metadata:
+def hugging_face_metadata(directory: Path, resolution: int | None) -> Metadata:
     """Metadata from config.json and preprocessor_config.json, as far as they exist."""
     values: dict[str, Any] = {}
     if (path := directory / "config.json").exists():
         values |= _hugging_face_model(read_json(path))
     if (path := directory / "preprocessor_config.json").exists():
-        values |= _hugging_face_images(read_json(path))
+        values |= _hugging_face_images(read_json(path), resolution)
     elif (path := directory / "processor_config.json").exists():
-        values |= _hugging_face_images(read_json(path).section("image_processor"))
+        values |= _hugging_face_images(read_json(path).section("image_processor"), resolution)
     return Metadata(**values)
 
 
@@ -202,14 +216,23 @@ def _check_pooling(section: Section) -> None:
         raise section.error("eos_token_id", f"is {eos}, not the last of {vocabulary} tokens")
 
 
-def _hugging_face_images(config: Section) -> dict[str, Any]:
+def _hugging_face_images(config: Section, resolution: int | None) -> dict[str, Any]:
+    if resolution is None:
+        return {}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         config.require(key, True, default=True)
     defaults = Metadata()
-    size = config.values.get("size")
-    squash = isinstance(size, dict) and "height" in size and "width" in size
+    factor = config.get("rescale_factor", float, 1 / 255)
+    if not abs(factor * 255 - 1) < 1e-6:  # NaN, too
+        raise config.error("rescale_factor", f"is {factor}: only 1/255 is supported")
+    square = {"height": resolution, "width": resolution}
+    spellings = (resolution, {"shortest_edge": resolution}, square)
+    config.require_size("size", resolution, spellings)
+    squash = without_nulls(config.values.get("size")) == square
     if not squash:
         config.require("do_center_crop", True, default=True)
+    if config.values.get("do_center_crop", True):
+        config.require_size("crop_size", resolution, spellings)
     resample = config.get("resample", int, 3)
     if resample not in RESAMPLE:
         raise config.error("resample", f"is {resample}: not supported")
@@ -221,7 +244,7 @@ def _hugging_face_images(config: Section) -> dict[str, Any]:
     }
 
 
-def open_clip_metadata(path: Path) -> Metadata:
+def open_clip_metadata(path: Path, resolution: int | None) -> Metadata:
     """Metadata from an open_clip_config.json."""
     config = read_json(path)
     model, images = config.section("model_cfg"), config.section("preprocess_cfg")
@@ -233,6 +256,8 @@ def open_clip_metadata(path: Path) -> Metadata:
         (images, OPEN_CLIP_PREPROCESS),
     ):
         section.require_known(known)
+    if resolution is not None:
+        images.require_size("size", resolution, (resolution, [resolution, resolution]))
     defaults = Metadata()
     width, head_width = vision.positive("width", 768), vision.positive("head_width", HEAD_WIDTH)
     assert width is not None and head_width is not None  # they have defaults

@@ -7,6 +7,10 @@ kernels/README.md.
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -19,13 +23,21 @@ Array: TypeAlias = Any  # a NumPy array, or what the backend's own ops return
 Parameters: TypeAlias = dict[str, Any]
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+CPU_DTYPES = DTYPES[:3]
 
 
-def backend(device: str | None = None, dtype: str | None = None) -> tuple[ModuleType, str, str]:
-    """The backend for a device and dtype, with both named in full: (module, device, dtype).
+@functools.cache
+def _backend() -> ModuleType:
+    """The C kernels; the NumPy reference where there are none."""
+    from . import cpu
 
-    device None is "cpu"; dtype None is the device's default. Raises BackendError for what is not
-    available: a device or dtype that was asked for is never replaced by another.
+    return reference if cpu.why_unavailable() else cpu
+
+
+def resolve(device: str | None = None, dtype: str | None = None) -> tuple[str, str]:
+    """The device and dtype, named in full: None is "cpu" and the device's default dtype.
+
+    Raises BackendError for what is not available: what was asked for is never replaced.
     """
     device, dtype = str(device or "cpu"), "float32" if dtype is None else _dtype_name(dtype)
     if device != "cpu":
@@ -33,9 +45,40 @@ def backend(device: str | None = None, dtype: str | None = None) -> tuple[Module
             f"device {device!r} is not available: this npclip runs on the CPU only "
             '(pass device="cpu" or leave it out)'
         )
-    if dtype != "float32":
-        raise BackendError(f"dtype {dtype!r} is not available on the CPU: it computes in float32")
-    return reference, device, dtype
+    if dtype not in CPU_DTYPES:
+        raise BackendError(f"dtype {dtype!r} is not available on the CPU: {', '.join(CPU_DTYPES)}")
+    return device, dtype
+
+
+def keeps_float16() -> bool:
+    """Whether the backend computes with matrices in float16 as they are, in float32 arithmetic."""
+    return _backend() is not reference
+
+
+def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None:
+    """Put every weight that linear and conv2d take into the backend's layout, in place.
+
+    dtype: of the weights and what they are multiplied with, see load(). release is called after
+    each weight: what it was made from is not needed any more.
+    """
+    from . import cpu
+
+    convert = cpu.pack if _backend() is cpu else cpu.round_to
+
+    def convert_one(layer: Parameters) -> None:
+        layer["weight"] = convert(layer["weight"], dtype)
+        release()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(convert_one, _layers_with_weights(params)))
+
+
+def _layers_with_weights(node: Any) -> Iterator[Parameters]:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, dict) and getattr(node.get("weight"), "ndim", 0) >= 2:
+        yield node
+    for child in children:
+        yield from _layers_with_weights(child)
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -58,10 +101,10 @@ def linear(
         raise _mismatch("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise _mismatch("linear", bias=bias, weight=weight)
-    if residual is not None and residual.shape != (len(x), len(weight)):
+    if residual is not None and residual.shape != (len(x), weight.shape[0]):
         raise _mismatch("linear", residual=residual, x=x, weight=weight)
     _check_activation("linear", activation)
-    return reference.linear(x, weight, bias, activation, residual)
+    return _backend().linear(x, weight, bias, activation, residual)
 
 
 def attention(
@@ -71,7 +114,7 @@ def attention(
     if qkv.ndim != 2 or qkv.shape[1] % (3 * heads):
         raise InputError(f"attention: qkv {list(qkv.shape)} is not [N, 3 * {heads} heads * Dh]")
     _check_seqlens("attention", cu_seqlens, len(qkv))
-    return reference.attention(qkv, cu_seqlens, heads, causal)
+    return _backend().attention(qkv, cu_seqlens, heads, causal)
 
 
 def attention_pool(
@@ -83,28 +126,28 @@ def attention_pool(
     _check_seqlens("attention_pool", cu_seqlens, len(kv))
     if len(q) != len(cu_seqlens) - 1:
         raise _mismatch("attention_pool", q=q, cu_seqlens=cu_seqlens)
-    return reference.attention_pool(q, kv, cu_seqlens, heads)
+    return _backend().attention_pool(q, kv, cu_seqlens, heads)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:  # [N, D] -> [N, D]
     """(x - mean) / sqrt(var + 1e-5) * weight + bias, over the last axis"""
     if not x.shape[-1:] == weight.shape == bias.shape:
         raise _mismatch("layer_norm", x=x, weight=weight, bias=bias)
-    return reference.layer_norm(x, weight, bias)
+    return _backend().layer_norm(x, weight, bias)
 
 
 def add_layer_norm(x: Array, h: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
     """x + h, and its LayerNorm: [N, D], [N, D]"""
     if x.shape != h.shape or not x.shape[-1:] == weight.shape == bias.shape:
         raise _mismatch("add_layer_norm", x=x, h=h, weight=weight, bias=bias)
-    return reference.add_layer_norm(x, h, weight, bias)
+    return _backend().add_layer_norm(x, h, weight, bias)
 
 
 def patchify(images: Array, patch: int) -> Array:  # [B, C, R, R] -> [B G G, C P P]
     """Each P x P patch of the images as one row."""
     if images.ndim != 4 or images.shape[2] % patch or images.shape[3] % patch:
         raise InputError(f"patchify: {list(images.shape)} does not divide into patches of {patch}")
-    return reference.patchify(images, patch)
+    return _backend().patchify(images, patch)
 
 
 def embed_patches(
@@ -116,7 +159,7 @@ def embed_patches(
         raise _mismatch("embed_patches", patches=patches, positional_embedding=positional_embedding)
     if class_embedding.shape != (width,):
         raise _mismatch("embed_patches", patches=patches, class_embedding=class_embedding)
-    return reference.embed_patches(patches, class_embedding, positional_embedding)
+    return _backend().embed_patches(patches, class_embedding, positional_embedding)
 
 
 def embed_tokens(
@@ -132,7 +175,7 @@ def embed_tokens(
                 f"embed_tokens: {name} {index.min()} .. {index.max()} are not all in "
                 f"0 .. {len(table) - 1}"
             )
-    return reference.embed_tokens(ids, positions, token_embedding, positional_embedding)
+    return _backend().embed_tokens(ids, positions, token_embedding, positional_embedding)
 
 
 def conv2d(
@@ -149,27 +192,27 @@ def conv2d(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise _mismatch("conv2d", bias=bias, weight=weight)
     height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
-    if residual is not None and residual.shape != (len(x), height, width, len(weight)):
+    if residual is not None and residual.shape != (len(x), height, width, weight.shape[0]):
         raise _mismatch("conv2d", residual=residual, x=x, weight=weight)
     _check_activation("conv2d", activation)
-    return reference.conv2d(x, weight, bias, stride, activation, residual)
+    return _backend().conv2d(x, weight, bias, stride, activation, residual)
 
 
 def avg_pool2d(x: Array, k: int) -> Array:  # [B, H, W, C] -> [B, H / k, W / k, C]
     """The mean of each k x k cell."""
     if x.ndim != 4 or x.shape[1] % k or x.shape[2] % k:
         raise InputError(f"avg_pool2d: {list(x.shape)} does not divide into cells of {k} x {k}")
-    return reference.avg_pool2d(x, k)
+    return _backend().avg_pool2d(x, k)
 
 
 def l2_normalize(x: Array) -> Array:
     """x / |x| along the last axis"""
-    return reference.l2_normalize(x)
+    return _backend().l2_normalize(x)
 
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum exp(x) along the last axis"""
-    return reference.softmax(x)
+    return _backend().softmax(x)
 
 
 def equal_seqlens(batch: int, length: int) -> Array:  # int32 [B + 1]

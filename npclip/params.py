@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> the nested float32 parameters that model.py and resnet.py read."""
+"""A checkpoint's tensors -> the nested parameters that model.py and resnet.py read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ BLOCK = 1 << 16  # elements converted at a time: source, result and scratch stay
 BATCH_NORM_EPS = 1e-5
 
 
-def load_parameters(checkpoint: Checkpoint, config: Config, towers: tuple[str, ...]) -> Parameters:
+def load_parameters(
+    checkpoint: Checkpoint, config: Config, towers: tuple[str, ...], keep_float16: bool = False
+) -> Parameters:
     """{"image": ..., "text": ..., "logit_scale": float32 scalar}, without the towers left out.
 
     float32 tensors stay views of the mapped file; others are converted in parallel, exactly.
+    keep_float16: leave the matrices that are stored in float16 so, as views of the file.
     Raises CheckpointError for missing, unexpected, misshapen or non-finite tensors.
     """
     check_tensors(checkpoint.tensors, config, towers)
     names = [name for name in tensor_shapes(config, towers) if name in checkpoint.tensors]
 
-    def load(name: str) -> Float32:
-        array = as_float32(name, checkpoint.tensors[name])
+    def load(name: str) -> NDArray[Any]:
+        tensor = checkpoint.tensors[name]
+        matrix = len(tensor.shape) > 1 and "positional" not in name
+        keep = keep_float16 and matrix and tensor.dtype == "float16"
+        array = _as_float16(name, tensor) if keep else as_float32(name, tensor)
         checkpoint.release()
         if name.endswith("running_var") and array.min() < 0:
             raise CheckpointError(f"tensor {name}: a variance is negative, {array.min()}")
@@ -65,6 +71,14 @@ def as_float32(name: str, tensor: Tensor) -> Float32:
     if bad:
         raise CheckpointError(f"tensor {name}: {bad} of {stored.size} values are NaN or infinite")
     return result
+
+
+def _as_float16(name: str, tensor: Tensor) -> NDArray[np.float16]:
+    stored = np.require(tensor.read(), requirements=["C", "A"])
+    bits = (block.view(np.uint16) & np.uint16(0x7C00) for block in _blocks(stored))
+    if bad := sum(int((b == 0x7C00).sum()) for b in bits):
+        raise CheckpointError(f"tensor {name}: {bad} of {stored.size} values are NaN or infinite")
+    return stored
 
 
 def _blocks(x: NDArray[Any]) -> list[NDArray[Any]]:

@@ -5,19 +5,25 @@ resize -> centre crop -> RGB -> float32 [3, size, size] -> / 255 -> - mean -> / 
 The conversion to RGB comes after the resize: Pillow resizes palettes by nearest neighbour, and
 weights pixels by their alpha, so converting first changes every such image. EXIF rotation is
 ignored. All as in https://github.com/openai/CLIP/blob/main/clip/clip.py (_transform).
+
+RGB takes a C kernel where its result is Pillow's to the bit (_by_kernel), all else Pillow.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ImageError, InputError
+from . import pil_pixels
+from .errors import ImageError, InputError, InputTypeError
+from .kernels.reference_resize import axis_tables, is_x_first, normalize_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +31,11 @@ if TYPE_CHECKING:
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0 .. 1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_RESIZED_PIXELS = 178_956_970  # before the crop; Pillow refuses to open larger images
+MAX_KERNEL_SIDE = 16384  # of an image; more weights than that are worth no kernel
+STRIP_BYTES = 4 << 20  # of an image that Pillow keeps in several blocks: what stays in a cache
+BLOCK_BYTES = 16 << 20  # of Pillow's blocks
 
+Tables: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]  # of axis_tables
 ImageSource = Any  # str | os.PathLike[str] | bytes | bytearray | PIL.Image.Image | uint8 array
 
 
@@ -36,7 +46,7 @@ def load_image(source: ImageSource) -> Image:
         RGBA [H, W, 4], or grey [H, W] or [H, W, 1].
 
     Raises ImageError, saying why, if it cannot be read or decoded to its end, is empty, or is an
-    array of another dtype or shape; TypeError for any other type.
+    array of another dtype or shape; InputTypeError for any other type.
     """
     import PIL.Image
 
@@ -48,7 +58,7 @@ def load_image(source: ImageSource) -> Image:
         return _open(io.BytesIO(source), f"image of {len(source)} bytes")
     if isinstance(source, (str, os.PathLike)):
         return _open(os.fspath(source), os.fspath(source))
-    raise TypeError(
+    raise InputTypeError(
         f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}"
     )
 
@@ -73,35 +83,114 @@ def preprocess(
     whose aspect ratio is so extreme that the resized image would not fit in memory, and InputError
     for other arguments.
     """
-    import PIL.Image
-
-    filters = {
-        "bicubic": PIL.Image.Resampling.BICUBIC,
-        "bilinear": PIL.Image.Resampling.BILINEAR,
-    }
     if resize not in ("shortest", "squash"):
         raise InputError(f'resize must be "shortest" or "squash", not {resize!r}')
-    if interpolation not in filters:
+    if interpolation not in ("bicubic", "bilinear"):
         raise InputError(f'interpolation must be "bicubic" or "bilinear", not {interpolation!r}')
     if size < 1:
         raise InputError(f"size must be at least 1: {size}")
     if len(mean) != 3 or len(std) != 3:
         raise InputError(f"mean and std must have 3 values each: {mean}, {std}")
 
-    image = load_image(image)
-    width, height = (size, size) if resize == "squash" else _resized(image.size, size)
-    left, top = round((width - size) / 2), round((height - size) / 2)  # halves go to even
-    try:
-        image = image.resize((width, height), filters[interpolation])
-        image = image.crop((left, top, left + size, top + size)).convert("RGB")
-    except Exception as error:  # its modes fail in as many ways as its plugins, see _open
-        raise ImageError(f"cannot turn mode {image.mode} into RGB: {_reason(error)}") from error
-
-    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # [3, size, size]
+    image = _check_array(image) if isinstance(image, np.ndarray) else load_image(image)
+    old = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size  # width, height
+    new = (size, size) if resize == "squash" else _resized(old, size)
+    corner = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves go to even
+    if _is_for_the_kernel(image, old, new):
+        x, y = (
+            axis_tables(*lengths, size, interpolation)
+            for lengths in zip(old, new, corner, strict=True)
+        )
+        if (pixels := _by_kernel(image, x, y, _table(tuple(mean), tuple(std)))) is not None:
+            return pixels
+    levels = _by_pillow(load_image(image), new, corner, size, interpolation)
+    pixels = levels.transpose(2, 0, 1).astype(np.float32, order="C")  # [3, size, size]
     pixels /= np.float32(255)
     pixels -= np.asarray(mean, np.float32)[:, None, None]
     pixels /= np.asarray(std, np.float32)[:, None, None]
     return pixels
+
+
+def _by_pillow(
+    image: Image, new: tuple[int, int], corner: tuple[int, int], size: int, interpolation: str
+) -> NDArray[np.uint8]:  # [size, size, 3]
+    import PIL.Image
+
+    left, top = corner
+    try:
+        image = image.resize(new, PIL.Image.Resampling[interpolation.upper()])
+        image = image.crop((left, top, left + size, top + size)).convert("RGB")
+    except Exception as error:  # its modes fail in as many ways as its plugins, see _open
+        raise ImageError(f"cannot turn mode {image.mode} into RGB: {_reason(error)}") from error
+    return np.asarray(image)
+
+
+def _is_for_the_kernel(image: Any, old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Whether the kernel takes this, and what it gives is what Pillow gives, of any version."""
+    if isinstance(image, np.ndarray):
+        is_rgb = image.ndim == 3 and image.shape[2] == 3
+    else:
+        is_rgb = pil_pixels.are_exported(image)
+    return is_rgb and max(old) <= MAX_KERNEL_SIDE and is_x_first(old, new) and _cpu() is not None
+
+
+def _by_kernel(
+    image: Any, x: Tables, y: Tables, table: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    """float32 [3, size, size] from axis_tables; None where the pixels cannot be read in place."""
+    (x_first, x_packed), (y_first, y_packed) = x, y
+    out = np.empty((3, len(y_first), len(y_first)), np.float32)
+    for begin, end, strip in _strips(image, x, y):
+        if strip is None:
+            return None
+        x_tables, y_tables = (x_first - x_first[0], x_packed), (y_first - y_first[begin], y_packed)
+        _cpu().resize(strip, x_tables, y_tables, begin, end, table, out)
+    return out
+
+
+def _strips(image: Any, x: Tables, y: Tables) -> Iterator[tuple[int, int, Any]]:
+    """begin, end, and what the outputs begin .. end read, from its first row and column on.
+
+    An image is one strip, read where it lies. One that Pillow keeps in several blocks is copied, a
+    few rows at a time; None stands for a strip that is too large for one block.
+    """
+    (x_first, x_packed), (y_first, y_packed) = x, y
+    left, pairs = 2 * int(x_first[0]), y_packed.shape[1]
+    is_array = isinstance(image, np.ndarray)
+    if (pixels := _with_whole_rows(image) if is_array else pil_pixels.view(image)) is not None:
+        yield 0, len(y_first), pixels[2 * y_first[0] :, left:]
+        return
+    right = min(image.width, 2 * int(x_first[-1] + x_packed.shape[1]))
+    row_bytes = 4 * (right - left)
+    if 2 * pairs * row_bytes > BLOCK_BYTES:
+        yield 0, 1, None
+        return
+    begin = 0
+    while begin < len(y_first):
+        top = 2 * int(y_first[begin])
+        fitting = np.searchsorted(2 * (y_first + pairs), top + STRIP_BYTES // row_bytes, "right")
+        end = max(begin + 1, int(fitting))
+        bottom = min(image.height, 2 * int(y_first[end - 1] + pairs))
+        yield begin, end, pil_pixels.view(image.crop((left, top, right, bottom)))
+        begin = end
+
+
+def _with_whole_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The array, or a copy, whose rows are contiguous; the rows themselves may lie anywhere."""
+    return array if array.strides[1:] == (3, 1) else np.ascontiguousarray(array)
+
+
+@functools.cache
+def _cpu() -> ModuleType | None:
+    """The C kernels; None where there are none."""
+    from . import cpu
+
+    return None if cpu.why_unavailable() else cpu
+
+
+@functools.lru_cache
+def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    return normalize_table(mean, std)
 
 
 def _resized(old: tuple[int, int], size: int) -> tuple[int, int]:

@@ -6,29 +6,40 @@ import os
 import platform
 from typing import Any
 
+from .errors import InputError
+
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print the backend, ISA, threads and versions in use; mode="dicts" returns them instead."""
     import numpy as np
 
-    from . import __version__
+    from . import __version__, cpu, threads
 
     config = {
         "npclip": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "cpu backend": "NumPy (kernels/reference.py), float32",
+        "cpu backend": _cpu_backend(cpu),
+        "threads": threads.get_num_threads(),
         "blas": _blas(np),
         "cuda backend": "none: not part of this version",
     }
     if mode == "dicts":
         return config
     if mode != "stdout":
-        raise ValueError(f'mode must be "stdout" or "dicts", not {mode!r}')
+        raise InputError(f'mode must be "stdout" or "dicts", not {mode!r}')
     for name, value in config.items():
         print(f"{name + ':':<14}{value}")
     return None
+
+
+def _cpu_backend(cpu: Any) -> str:
+    if reason := cpu.why_unavailable():
+        return f"NumPy (kernels/reference.py): {reason}"
+    best, machine = cpu.isas()[0], cpu.machine_isas()[0]
+    capped = f", capped by NPCLIP_ISA from {machine}" if best != machine else ""
+    return f"C kernels, {best}{capped}: {cpu.library_path()}"
 
 
 def _blas(np: Any) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, TextTooLongError
+from .errors import InputError, InputTypeError, TextTooLongError
 
 if TYPE_CHECKING:
     import regex
@@ -42,6 +42,7 @@ def tokenize(
     context_length: int = 77,
     truncate: bool = False,
     special_tokens: bool = True,
+    first_index: int = 0,
 ) -> NDArray[np.int32]:
     """Token ids of texts, each framed by SOT and EOT and padded with 0.
 
@@ -50,17 +51,20 @@ def tokenize(
     truncate: cut a text that is too long, and end it with EOT, instead of raising.
     special_tokens: a literal "<|endoftext|>" or "<|startoftext|>" in a text becomes that token, as
         in openai/CLIP, and the text tower ignores what follows the first EOT. False: plain text.
+    first_index: what errors call the first text, for who tokenizes a long list in parts.
 
     Returns int32 [B, context_length]; one str gives B = 1. Raises TextTooLongError, InputError for
-    a context_length below 2, TypeError for what is not a str.
+    a context_length below 2, InputTypeError for what is not a str.
     """
     if context_length < 2:
         raise InputError(f"context_length must hold SOT and EOT, so at least 2: {context_length}")
+    if not isinstance(texts, Iterable):
+        raise InputTypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     result = np.zeros((len(texts), context_length), np.int32)
-    for index, text in enumerate(texts):
+    for index, text in enumerate(texts, first_index):
         if not isinstance(text, str):
-            raise TypeError(f"text {index} must be a str, not {type(text).__name__}")
+            raise InputTypeError(f"text {index} must be a str, not {type(text).__name__}")
         ids = [SOT, *encode(text, special_tokens), EOT]
         if len(ids) > context_length:
             if not truncate:
@@ -69,7 +73,7 @@ def tokenize(
                     f"{context_length} fit (truncate=True cuts it): {_shorten(text)!r}"
                 )
             ids = [*ids[: context_length - 1], EOT]
-        result[index, : len(ids)] = ids
+        result[index - first_index, : len(ids)] = ids
     return result
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import serialize
 from safetensors.numpy import save_file
-from tiny_models import RESNET, VIT, assert_same, to_hugging_face, weights
+from tiny_models import RESNET, VIT, assert_same, bfloat16_file, to_hugging_face, weights
 from torch_writer import TorchWriter, save, script_module, state_dict
 
 from npclip import hub
@@ -101,18 +101,6 @@ def test_every_container(tmp_path, config, dtype):
         metadata = dataclasses.replace(checkpoint.metadata, activation="quick_gelu")
         inferred = infer_config({k: t.shape for k, t in checkpoint.tensors.items()}, metadata)
         check_tensors(checkpoint.tensors, inferred, ("image", "text"))
-
-
-def bfloat16_file(arrays: dict[str, np.ndarray]) -> bytes:
-    """A safetensors file of the upper halves of float32 arrays."""
-    header, data = {}, b""
-    for name, array in arrays.items():
-        halves = (array.view("u4") >> 16).astype("u2").tobytes()
-        offsets = [len(data), len(data) + len(halves)]
-        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": offsets}
-        data += halves
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
 
 
 def test_bfloat16(tmp_path):
@@ -308,6 +296,10 @@ IMAGES = {
         ({}, "shortest", "bicubic"),
         ({"size": 16, "resample": 2}, "shortest", "bilinear"),
         ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, "squash", "bicubic"),
+        ({"size": {"height": 16, "width": 16, "shortest_edge": None}}, "squash", "bicubic"),
+        ({"size": {"shortest_edge": 16, "height": None}, "crop_size": 16}, "shortest", "bicubic"),
+        ({"size": None, "crop_size": None, "rescale_factor": None}, "shortest", "bicubic"),
+        ({"rescale_factor": 0.003921568859368563}, "shortest", "bicubic"),  # in float32
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -341,6 +333,34 @@ def test_preprocessor_config_errors(tmp_path, key, value):
     path = hugging_face(tmp_path, preprocessor=IMAGES | {key: value})
     with pytest.raises(CheckpointError, match=key.removeprefix("image_")):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", 17),
+        ("size", {"shortest_edge": 17}),
+        ("size", {"height": 16, "width": 17}),
+        ("size", {"longest_edge": 16}),
+        ("size", {}),
+        ("size", "16"),
+        ("crop_size", 8),
+        ("crop_size", {"height": 8, "width": 8}),
+        ("rescale_factor", 1 / 127.5),
+        ("rescale_factor", 0.00392),
+        ("rescale_factor", float("nan")),
+        ("rescale_factor", "1/255"),
+    ],
+)
+def test_images_of_another_size_or_range(tmp_path, key, value):
+    path = hugging_face(tmp_path, preprocessor=IMAGES | {key: value})
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json: {key} "):
+        open_checkpoint(path)
+
+
+def test_a_text_tower_takes_no_images(tmp_path):
+    path = hugging_face(tmp_path, preprocessor=IMAGES | {"size": 17}, towers=("text",))
+    assert open_checkpoint(path).metadata.mean == Metadata().mean
 
 
 @pytest.mark.parametrize(
@@ -381,6 +401,20 @@ def test_open_clip_config_errors(tmp_path, key, value):
     with pytest.raises(CheckpointError, match=last) as error:
         open_checkpoint(path)
     assert "open_clip_" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [17, [16, 17], {"shortest_edge": 16}])
+def test_open_clip_images_of_another_size(tmp_path, size):
+    path = open_clip(tmp_path, with_change(OPEN_CLIP_CONFIG, "preprocess_cfg.size", size))
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json: preprocess_cfg\.size is "):
+        open_checkpoint(path)
+
+
+def test_open_clip_sizes_that_are_right(tmp_path):
+    for size in (16, [16, 16], None):
+        open_checkpoint(
+            open_clip(tmp_path, with_change(OPEN_CLIP_CONFIG, "preprocess_cfg.size", size))
+        )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", '{"a": ' * 100_000], ids=len)

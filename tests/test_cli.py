@@ -1,6 +1,7 @@
 """The command line and the README's programs, run for real on ViT-B/32 with random weights."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tiny_models import VIT, weights
 
 import npclip
 from npclip.__main__ import main
 from npclip.checkpoint import open_checkpoint
+from npclip.config import Metadata
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,6 +37,53 @@ def test_classify(vit_b_32, pictures):
     assert list(found.values()) == sorted(found.values(), reverse=True)
     table = run("classify", picture, "a cat", "--model", vit_b_32).stdout
     assert table.split()[:3] == ["a", "cat", "100.00%"]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_labels_that_stdout_cannot_encode(vit_b_32, pictures, monkeypatch, options):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = run("classify", pictures / "chelsea.png", "café", "--model", vit_b_32, *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    if options:
+        assert json.loads(result.stdout) == {"café": 1.0}
+    else:
+        assert result.stdout.startswith("caf\\xe9")
+
+
+def test_equal_labels_are_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["classify", "x.jpg", "cat", "dog", "cat", "--json"])
+    assert exit.value.code == 2
+    assert "'cat' is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_a_closed_output_is_no_error():
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "npclip", "models"]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_output_whose_reader_has_left_is_no_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "npclip", "models"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "npclip", "models"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "npclip: error: standard output: No space left on device\n"
 
 
 def test_convert_keeps_every_bit(vit_b_32, tmp_path, capsys):
@@ -58,6 +109,17 @@ def test_info(vit_b_32, capsys):
     assert report["fingerprint"]["weights_sha256"] in capsys.readouterr().out
 
 
+def test_info_of_one_tower_without_logit_scale(tmp_path, capsys):
+    arrays = weights(VIT, towers=("image",))
+    del arrays["logit_scale"]
+    save_file(arrays, tmp_path / "image.safetensors", Metadata(activation="gelu").to_strings())
+    assert main(["info", str(tmp_path / "image.safetensors"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["towers"] == ["image"]
+    assert report["parameters"] == sum(array.size for array in arrays.values())
+    assert len(report["fingerprint"]["image"]) == 4
+
+
 def test_models(capsys):
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -73,6 +135,7 @@ def test_models(capsys):
         ("classify", "PICTURE", "word " * 100, "--model", "MODEL"),
         ("convert", "MODEL", "MODEL"),
         ("convert", "MODEL", "no/such/folder/out.safetensors"),
+        ("convert", "MODEL", ""),
         ("info", "PICTURE"),
     ],
     ids=" ".join,
@@ -104,6 +167,13 @@ def test_openais_quick_start_runs(vit_b_32, pictures, monkeypatch, capsys):
     assert names["image_features"].shape == (512,)
     assert names["probs"].shape == (1, 3)
     assert names["logits_per_text"].shape == (3, 1)
+
+
+def test_the_readmes_labels_fit_the_template():
+    """ "a photo of a {}." already has the article."""
+    commands = re.findall(r"npclip classify \S+\.png (.*)", README)
+    assert len(commands) == 2
+    assert all(command.startswith("cat dog rocket") for command in commands)
 
 
 def test_the_readme_lists_every_model():

@@ -1,5 +1,6 @@
 """The public interface on small models: every kind of input, every kind of error."""
 
+import io
 import pickle
 import threading
 
@@ -8,7 +9,15 @@ import pytest
 from PIL import Image
 
 import npclip
-from npclip.errors import BackendError, CheckpointError, ImageError, InputError
+from npclip.errors import (
+    BackendError,
+    CheckpointError,
+    ImageError,
+    InputError,
+    InputTypeError,
+    TextTooLongError,
+)
+from npclip.inputs import text_batches
 
 
 @pytest.fixture
@@ -47,6 +56,63 @@ def test_every_kind_of_image_gives_the_same_embedding(model, pictures):
         features = model.encode_image(many)
         assert features.shape == (len(kinds), len(expected))
         np.testing.assert_allclose(features, np.tile(expected, (len(kinds), 1)), 1e-4, 1e-5)
+
+
+def test_numpys_strings_are_strings(model, pictures):
+    path = pictures / "rocket.jpg"
+    expected = model.encode_image(path)
+    for x in (np.str_(path), np.array(str(path)), np.bytes_(path.read_bytes())):
+        np.testing.assert_array_equal(model.encode_image(x), expected)
+    paths = [str(path), str(path)]
+    expected = model.encode_image(paths)
+    for x in ([np.str_(p) for p in paths], np.array(paths), np.array([path, path], object)):
+        np.testing.assert_array_equal(model.encode_image(x), expected)
+    data = np.array([path.read_bytes()] * 2)
+    assert data.dtype.kind == "S"
+    np.testing.assert_array_equal(model.encode_image(data), expected)
+    with pytest.raises(InputTypeError, match=r"^image 0: .* not list"):
+        model.encode_image(np.array([paths]))
+
+
+def test_numpys_strings_are_texts():
+    def ids(x):
+        batches, single = text_batches(x, npclip.tokenize, 77, 49408, 64)
+        return np.concatenate(list(batches)).tolist(), single
+
+    texts = ["a cat", "a dog"]
+    expected = npclip.tokenize(texts).tolist()
+    for x in (np.array(texts), np.array(texts, object), [np.str_(t) for t in texts]):
+        assert ids(x) == (expected, False)
+    for x in (np.str_("a cat"), np.array("a cat")):
+        assert ids(x) == (expected[:1], True)
+    with pytest.raises(InputTypeError, match="bytes"):
+        ids(np.array([b"a cat"]))
+
+
+def test_a_pil_image_is_not_copied(model, monkeypatch):
+    """Its __array_interface__ would decode it and copy it whole."""
+    sizes, original = [], Image.Image.__array_interface__
+
+    def spy(image):
+        sizes.append(image.size)
+        return original.fget(image)
+
+    monkeypatch.setattr(Image.Image, "__array_interface__", property(spy))
+    picture = Image.new("RGB", (170, 150))
+    model.encode_image(picture)
+    model.encode_image([picture, picture])
+    assert (170, 150) not in sizes
+
+
+def test_broken_pil_images(model, pictures):
+    data = (pictures / "chelsea.png").read_bytes()
+    closed = Image.open(io.BytesIO(data))
+    closed.close()
+    for broken in (Image.open(io.BytesIO(data[: len(data) // 2])), closed):
+        with pytest.raises(ImageError):
+            model.encode_image(broken)
+        with pytest.raises(ImageError, match=r"^image 1: "):
+            model.encode_image([Image.new("RGB", (9, 9)), broken])
 
 
 def test_batches_of_arrays(model):
@@ -118,9 +184,9 @@ IMAGE_ERRORS = {
     "missing file": ("no/such/file.jpg", ImageError),
     "not an image": (b"hello", ImageError),
     "no bytes": (b"", ImageError),
-    "one number": (3, TypeError),
-    "None": (None, TypeError),
-    "a list with None": ([None], TypeError),
+    "one number": (3, InputTypeError),
+    "None": (None, InputTypeError),
+    "a list with None": ([None], InputTypeError),
     "float picture": (np.zeros((30, 40, 3)), InputError),
     "wrong resolution": (np.zeros((1, 3, 31, 31), np.float32), InputError),
     "channels last": (np.zeros((2, 64, 64, 3), np.float32), InputError),
@@ -144,18 +210,18 @@ def test_an_error_in_a_list_names_its_place(model, pictures):
 
 
 TEXT_ERRORS = {
-    "number": (3, TypeError),
-    "None": (None, TypeError),
-    "bytes": (b"a cat", TypeError),
-    "list with None": (["a", None], TypeError),
-    "list of None": ([None], TypeError),
+    "number": (3, InputTypeError),
+    "None": (None, InputTypeError),
+    "bytes": (b"a cat", InputTypeError),
+    "list with None": (["a", None], InputTypeError),
+    "list of None": ([None], InputTypeError),
     "floats": (np.zeros((1, 77)), InputError),
     "too long": (np.zeros((1, 78), int), InputError),
     "empty rows": (np.zeros((2, 0), int), InputError),
     "3-d": (np.zeros((1, 1, 77), int), InputError),
     "negative id": (np.full((1, 77), -1), InputError),
     "id beyond the vocabulary": (np.full((1, 77), 100), InputError),
-    "ragged ids": ([[1, 2], [3]], TypeError),
+    "ragged ids": ([[1, 2], [3]], InputTypeError),
 }
 
 
@@ -163,6 +229,15 @@ TEXT_ERRORS = {
 def test_what_is_no_text_is_an_error(model, x, error):
     with pytest.raises(error):
         model.encode_text(x)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("word " * 100, TextTooLongError), (None, InputTypeError)]
+)
+def test_an_error_in_a_long_list_of_texts_names_its_place(text, error):
+    batches, _ = text_batches(["a"] * 70 + [text], npclip.tokenize, 77, 49408, 64)
+    with pytest.raises(error, match=r"^text 70 "):
+        list(batches)
 
 
 def test_one_tower_alone(golden, texts):
@@ -182,7 +257,7 @@ def test_unknown_towers(golden, towers):
         npclip.load(golden.path, towers=towers)
 
 
-@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}, {"dtype": "half"}])
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "int8"}, {"dtype": "half"}])
 def test_what_is_not_available_is_an_error_before_anything_is_read(options):
     with pytest.raises(BackendError):
         npclip.load("ViT-B/32", **options)
@@ -209,12 +284,19 @@ def test_classify(golden, monkeypatch, pictures, texts):
     assert probabilities.shape == (3,)
     np.testing.assert_allclose(probabilities, npclip.softmax(model(path, texts)[0])[0], rtol=1e-5)
     assert model.classify([path, path], ["cat"]).tolist() == [[1], [1]]
+    labels = (label for label in ("cat", "dog"))
+    np.testing.assert_array_equal(
+        model.classify(path, labels), model.classify(path, ["cat", "dog"])
+    )
     assert model.classify([], ["cat", "dog"]).shape == (0, 2)
     with pytest.raises(InputError, match="template"):
         model.classify(path, ["cat"], template="a cat")
-    for labels in ("cat", []):
+    for labels in ("cat", [], iter([])):
         with pytest.raises(InputError, match="labels"):
             model.classify(path, labels)
+    for labels, template in ((3, "{}"), (["cat", 3], "{}"), ([b"cat"], "{}"), (["cat"], 3)):
+        with pytest.raises(InputTypeError, match=r"label|template"):
+            model.classify(path, labels, template)
 
 
 def test_threads_share_a_model(model):
@@ -248,11 +330,17 @@ def test_repr(model):
 def test_softmax():
     np.testing.assert_allclose(npclip.softmax([[0, 0], [1, 1]]), [[0.5, 0.5]] * 2)
     assert npclip.softmax([1, 2]).dtype == np.float32
+    assert npclip.softmax(np.empty((0, 2))).shape == (0, 2)
+    for x in ([], 3, np.empty((2, 0))):
+        with pytest.raises(InputError, match="at least one"):
+            npclip.softmax(x)
 
 
-def test_show_config(capsys):
+def test_show_config(capsys, monkeypatch):
     npclip.show_config()
-    assert "NumPy" in capsys.readouterr().out
+    assert "cpu backend:" in capsys.readouterr().out
+    monkeypatch.setenv("NPCLIP_BACKEND", "reference")
+    assert "NPCLIP_BACKEND=reference" in npclip.show_config("dicts")["cpu backend"]
     assert npclip.show_config("dicts")["npclip"] == npclip.__version__
-    with pytest.raises(ValueError, match="mode"):
+    with pytest.raises(InputError, match="mode"):
         npclip.show_config("json")

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npclip.config import ARCHITECTURES, Config, Metadata, infer_config, tensor_shapes
+from npclip.config import (
+    ARCHITECTURES,
+    Config,
+    Metadata,
+    image_resolution,
+    infer_config,
+    tensor_shapes,
+)
 from npclip.errors import CheckpointError, UnknownActivationError
 
 QUICK = Metadata(activation="quick_gelu")
@@ -78,6 +85,12 @@ def test_one_tower_alone():
     assert (image.vision_layers, image.transformer_layers) == (12, 0)
     text = infer_config(tensor_shapes(config, ("text",)), QUICK)
     assert (text.vision_layers, text.transformer_layers) == (0, 12)
+
+
+def test_the_resolution_is_known_without_metadata():
+    for config in ARCHITECTURES.values():
+        assert image_resolution(tensor_shapes(config)) == config.image_resolution
+    assert image_resolution(tensor_shapes(ARCHITECTURES["RN50"], ("text",))) is None
 
 
 def without(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import RESNET, VIT, assert_same, to_hugging_face, weights
+from tiny_models import RESNET, VIT, assert_same, bfloat16_file, to_hugging_face, weights
 from torch_writer import TorchWriter, save, script_module
 
 from npclip import convert as convert_module
@@ -194,6 +195,19 @@ def test_overflow_leaves_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.pt", "out"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", ["float16", "float32", "float64", "bfloat16"])
+def test_values_that_are_not_finite(tmp_path, stored, value):
+    arrays = weights(VIT, stored.replace("bfloat16", "float32"))
+    arrays["visual.proj"][3, 3:5] = value
+    path = torchscript(tmp_path, arrays)
+    if stored == "bfloat16":
+        path = save(tmp_path / "clip.pt", bfloat16_file(arrays))
+    with pytest.raises(CheckpointError, match=r"visual\.proj: 2 of 1024 values are NaN or inf"):
+        convert(path, tmp_path / "out", activation="gelu")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
 def test_interruption_leaves_nothing_behind(tmp_path, source, monkeypatch, failure):
     def fail(*_args):
@@ -231,6 +245,44 @@ def test_refuses_to_overwrite_the_source(tmp_path, source):
         with pytest.raises(CheckpointError, match="refusing to overwrite"):
             convert(source, target, activation="gelu")
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["", ".", "/", "..", "folder"])
+def test_a_target_that_is_a_directory(tmp_path, source, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(convert_module, "open_checkpoint", lambda _: pytest.fail("read first"))
+    with pytest.raises(CheckpointError, match=r"^\S+: exists and is not a regular file"):
+        convert(source, target, activation="gelu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", source.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX special files")
+def test_a_target_that_is_special(tmp_path, source):
+    """In a folder of its own: a wrong convert must not harm the machine's /dev."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to(fifo)
+    for target in (fifo, tmp_path / "link"):
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            convert(source, target, activation="gelu")
+    assert fifo.is_fifo() and (tmp_path / "link").is_symlink()
+
+
+def test_errors_of_the_system_name_the_target(tmp_path, source, monkeypatch):
+    for target in (tmp_path / "no" / "out", source / "out", tmp_path / ("x" * 250)):
+        with pytest.raises(OSError, match=r"\[Errno \d+\]") as error:
+            convert(source, target, activation="gelu")
+        assert (error.value.filename, error.value.filename2) == (str(target), None)
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as error:
+        convert(source, tmp_path / "out", activation="gelu")
+    assert error.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,66 @@ def test_a_touched_file_is_hashed_and_kept(server: Server, target: Path) -> None
     assert len(server.ranges) == 1
 
 
+def test_a_right_file_in_a_read_only_cache(server: Server, target: Path) -> None:
+    """Neither lock nor record can be written: directories are in their places."""
+    for suffix in ("lock", "verified"):
+        target.with_name(f"test.pt.{suffix}").mkdir()
+    with pytest.raises(DownloadError):
+        hub.resolve("test")
+    target.write_bytes(WRONG)
+    with pytest.raises(DownloadError):
+        hub.resolve("test")
+    target.write_bytes(DATA)
+    assert_resolves(target)
+    assert server.ranges == []
+
+
+def test_the_record_is_only_to_save_time(server: Server, target: Path) -> None:
+    record = target.with_name("test.pt.verified")
+    record.mkdir()
+    assert_resolves(target)
+    record.rmdir()
+    record.write_bytes(b"\xff\xfe")
+    assert_resolves(target)
+    assert len(server.ranges) == 1
+    assert SHA256 in record.read_text()
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "foo/bar",
+        "http://[bad",
+        "http://a..com/",
+        "http://127.0.0.1:1/é",
+        "http://x:y/",
+        "http://x/ ",
+    ],
+)
+def test_a_mirror_that_is_no_url(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch, mirror: str
+) -> None:
+    monkeypatch.setenv("NPCLIP_MIRROR", mirror)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(DownloadError, match=r"invalid URL.*NPCLIP_MIRROR"):
+        hub.resolve("test")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX accounts")
+def test_no_home_directory(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(DownloadError, match="NPCLIP_CACHE"):
+        hub.resolve("test")
+    monkeypatch.setenv("NPCLIP_CACHE", str(tmp_path / "cache"))
+    assert hub.resolve("test") == tmp_path / "cache" / "test.pt"
+
+
 def test_a_cache_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
@@ -408,6 +468,18 @@ def test_names_without_a_suggestion(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match="names: RN50, ") as caught:
         hub.resolve(name)
     assert "did you mean" not in str(caught.value)
+
+
+def test_paths_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError):
+        hub.resolve("a" * 5000)
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(ModelNotFoundError, match="Permission denied"):
+        hub.resolve(tmp_path / "mine.pt")
 
 
 def test_paths_are_returned(tmp_path: Path) -> None:

@@ -82,15 +82,20 @@ def test_pack_tokens_keeps_each_row_up_to_its_first_largest_id():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "tpu"])
 def test_a_device_that_is_missing_is_an_error(device):
     with pytest.raises(BackendError, match=device):
-        ops.backend(device)
+        ops.resolve(device)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float64", "half"])
+@pytest.mark.parametrize("dtype", ["int8", "float64", "half"])
 def test_a_dtype_that_is_missing_is_an_error(dtype):
     with pytest.raises(BackendError, match=dtype):
-        ops.backend("cpu", dtype)
+        ops.resolve("cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", np.float32, np.dtype("float32")])
 def test_float32_on_the_cpu(dtype):
-    assert ops.backend(None, dtype)[1:] == ("cpu", "float32")
+    assert ops.resolve(None, dtype) == ("cpu", "float32")
+
+
+def test_other_dtypes_on_the_cpu():
+    assert ops.resolve("cpu", np.float16) == ("cpu", "float16")
+    assert ops.resolve("cpu", "bfloat16") == ("cpu", "bfloat16")

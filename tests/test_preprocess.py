@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npclip.errors import ImageError, InputError
+from npclip.errors import ImageError, InputError, InputTypeError
 from npclip.preprocess import OPENAI_MEAN, OPENAI_STD, load_image, preprocess
 
 # (mode, width, height, size) -> SHA-256, first 16 digits, of openai/CLIP's float32 [3, size, size]
@@ -254,7 +254,7 @@ def test_wrong_arrays(array, message):
 
 @pytest.mark.parametrize("source", [None, 5, 1.5, [1, 2], {}, object()])
 def test_wrong_types(source):
-    with pytest.raises(TypeError, match=type(source).__name__):
+    with pytest.raises(InputTypeError, match=type(source).__name__):
         load_image(source)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npclip import tokenizer
-from npclip.errors import InputError, TextTooLongError
+from npclip.errors import InputError, InputTypeError, TextTooLongError
 from npclip.tokenizer import EOT, SOT, VOCAB_SIZE, decode, encode, tokenize
 
 GOLDEN = {
@@ -114,17 +114,23 @@ def test_too_long():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="text 1 must be a str, not int"):
+    with pytest.raises(InputTypeError, match="text 1 must be a str, not int"):
         tokenize(["a cat", 5])
-    with pytest.raises(TypeError, match="text 0 must be a str, not NoneType"):
+    with pytest.raises(InputTypeError, match="text 0 must be a str, not NoneType"):
         tokenize([None])
-    with pytest.raises(TypeError):
+    with pytest.raises(InputTypeError, match="not NoneType"):
         tokenize(None)
     with pytest.raises(InputError, match="at least 2: 1"):
         tokenize("a cat", context_length=1)
     for index in (-1, VOCAB_SIZE):
         with pytest.raises(InputError, match=f"not {index}"):
             decode([320, index])
+
+
+def test_a_part_of_a_longer_list():
+    assert tokenize(["a cat"], first_index=64).tolist() == tokenize(["a cat"]).tolist()
+    with pytest.raises(TextTooLongError, match=r"^text 65 has 102 tokens"):
+        tokenize(["a cat", "cat " * 100], first_index=64)
 
 
 def test_decode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from npclip.config import Config, tensor_shapes
@@ -94,6 +96,18 @@ def to_hugging_face(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             }[name]
         ] = array
     return result
+
+
+def bfloat16_file(arrays: dict[str, np.ndarray]) -> bytes:
+    """A safetensors file of the upper halves of float32 arrays."""
+    header, data = {}, b""
+    for name, array in arrays.items():
+        halves = (array.view("u4") >> 16).astype("u2").tobytes()
+        offsets = [len(data), len(data) + len(halves)]
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": offsets}
+        data += halves
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def assert_same(tensors: dict, arrays: dict[str, np.ndarray]) -> None:

@@ -253,7 +253,8 @@ def test_hugging_face_gelu_and_preprocessor(tmp_path):
     model.save_pretrained(tmp_path)
     processor_class = getattr(transformers, "CLIPImageProcessorPil", None)
     processor_class = processor_class or transformers.CLIPImageProcessor
-    processor_class(image_mean=[0.1, 0.2, 0.3], resample=2).save_pretrained(tmp_path)
+    sizes = {"size": {"shortest_edge": 64}, "crop_size": 64}
+    processor_class(image_mean=[0.1, 0.2, 0.3], resample=2, **sizes).save_pretrained(tmp_path)
     metadata = assert_identical(
         tmp_path, official_from_hugging_face(model), activation="gelu"
     ).metadata

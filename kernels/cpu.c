@@ -1,0 +1,155 @@
+// cpu.c: which ISAs this machine has, and the thread pool
+//
+// The pool is made at the first use and lives as long as the process. A job is split into one range
+// of tasks per thread; a thread that has finished its own range takes from those of the others.
+// Tasks write to places of their own, so results do not depend on who ran them.
+//
+//   one caller at a time has the workers; another that comes meanwhile runs its tasks itself, so
+//   several Python threads that encode at once never run more threads than there are cores
+//   a worker that waits spins for a moment (the next op follows within microseconds), then sleeps
+//   after fork the child has no workers: they are made again at its first job
+#define _GNU_SOURCE
+#include "cpu.h"
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+
+#define MAX_THREADS 256
+#define SPINS 20000  // of about 40 cycles: some 200 us
+#define EXPORT __attribute__((visibility("default")))
+
+typedef struct {
+    _Alignas(64) atomic_llong next;
+    int64_t end;
+} Range;
+
+static struct {
+    pthread_mutex_t owner;   // held by the caller whose job runs
+    pthread_mutex_t mutex;   // of the condition below
+    pthread_cond_t wake;
+    atomic_uint generation;  // counts the jobs; a change of it starts the workers
+    atomic_int running;      // workers that have not yet finished the job
+    int sleeping, workers;
+    atomic_int wanted;
+    int threads;             // that take part in this job, the caller among them
+    unsigned born[MAX_THREADS];  // the generation when a worker was made: the job before its first
+    Task run;
+    const void *arguments;
+    Range ranges[MAX_THREADS];
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
+          .mutex = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER,
+          .wanted = 1};
+
+static _Thread_local _Alignas(64) unsigned char memory[SCRATCH_BYTES];
+
+static void work(int self) {
+    Scratch scratch = {memory, -1};
+    for (int i = 0; i < pool.threads; i++) {
+        Range *range = &pool.ranges[(self + i) % pool.threads];
+        int64_t task;
+        while ((task = atomic_fetch_add(&range->next, 1)) < range->end)
+            pool.run(pool.arguments, task, &scratch);
+    }
+}
+
+static void *worker(void *number) {
+    int self = (int)(intptr_t)number;
+    unsigned seen = pool.born[self];
+    for (;;) {
+        unsigned generation = seen;
+        for (int i = 0; i < SPINS && generation == seen; i++) {
+            _mm_pause();
+            generation = atomic_load(&pool.generation);
+        }
+        if (generation == seen) {
+            pthread_mutex_lock(&pool.mutex);
+            pool.sleeping++;
+            while ((generation = atomic_load(&pool.generation)) == seen)
+                pthread_cond_wait(&pool.wake, &pool.mutex);
+            pool.sleeping--;
+            pthread_mutex_unlock(&pool.mutex);
+        }
+        seen = generation;
+        if (self < pool.threads) work(self);
+        atomic_fetch_sub(&pool.running, 1);
+    }
+    return NULL;
+}
+
+static void after_fork_in_child(void) {
+    pool.workers = pool.sleeping = 0;
+    pthread_mutex_init(&pool.owner, NULL);
+    pthread_mutex_init(&pool.mutex, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+}
+
+static void register_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+
+static void make_workers(void) {  // as many as wanted, or as the system gives
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork_handler);
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the callers' business
+    while (pool.workers < pool.wanted - 1) {
+        pthread_t thread;
+        int self = pool.workers + 1;
+        pool.born[self] = atomic_load(&pool.generation);
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)self)) break;
+        pthread_detach(thread);
+        pool.workers = self;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+void parallel_for(Task run, const void *arguments, int64_t tasks) {
+    int alone = tasks < 2 || pthread_mutex_trylock(&pool.owner);
+    if (!alone && pool.workers < pool.wanted - 1) make_workers();
+    if (alone || pool.wanted < 2 || !pool.workers) {
+        Scratch scratch = {memory, -1};
+        for (int64_t task = 0; task < tasks; task++) run(arguments, task, &scratch);
+        if (!alone) pthread_mutex_unlock(&pool.owner);
+        return;
+    }
+    int threads = pool.workers + 1 < pool.wanted ? pool.workers + 1 : pool.wanted;
+    pool.threads = tasks < threads ? (int)tasks : threads;
+    pool.run = run;
+    pool.arguments = arguments;
+    for (int i = 0; i < pool.threads; i++) {
+        atomic_store(&pool.ranges[i].next, tasks * i / pool.threads);
+        pool.ranges[i].end = tasks * (i + 1) / pool.threads;
+    }
+    atomic_store(&pool.running, pool.workers);
+    pthread_mutex_lock(&pool.mutex);
+    atomic_fetch_add(&pool.generation, 1);
+    if (pool.sleeping) pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.mutex);
+    work(0);
+    for (int spins = 0; atomic_load(&pool.running); spins++)
+        if (spins < SPINS) _mm_pause();
+        else sched_yield();
+    pthread_mutex_unlock(&pool.owner);
+}
+
+EXPORT void npclip_set_num_threads(int threads) {
+    pthread_mutex_lock(&pool.owner);
+    pool.wanted = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+    pthread_mutex_unlock(&pool.owner);
+}
+
+EXPORT int npclip_num_threads(void) { return pool.wanted; }
+
+// Bits of what this machine and its operating system can run, in the order of npclip/cpu.py.
+EXPORT int npclip_isas(void) {
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return avx2 | avx512 << 1 | bf16 << 2;
+}

@@ -1,0 +1,251 @@
+"""Every C kernel on every ISA of this machine against kernels/reference.py in float64.
+
+One rule: err(kernel) <= 2 err(reference in float32) + tiny, where err is the largest absolute
+difference from the reference in float64, and tiny is two roundings of the largest sum of
+magnitudes: two orders of summation differ by that even where terms cancel.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from npclip import cpu, ops, threads
+from npclip.kernels import reference
+
+if reason := cpu.why_unavailable():
+    pytest.skip(f"no C kernels: {reason}", allow_module_level=True)
+
+ISAS = cpu.machine_isas()
+LENGTHS = [1, 2, 7, 15, 16, 17, 31, 33, 50, 77, 97, 197, 257, 577]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Makes the kernels of this ISA, and no better one, those that are used."""
+    monkeypatch.setattr(cpu, "isas", lambda: ISAS[ISAS.index(request.param) :])
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.default_rng().integers(1 << 32))
+    print(f"seed {seed}")  # shown where a test fails
+    return np.random.default_rng(seed)
+
+
+def assert_close(kernel, wanted, baseline, magnitude=0.0):
+    """The rule. wanted is float64; baseline the reference's float32; magnitude the largest sum of
+    the magnitudes of what was added up."""
+    assert kernel.shape == wanted.shape
+    assert kernel.dtype == np.float32
+    assert np.isfinite(kernel).all()
+    tiny = 2 * np.finfo(np.float32).eps * max(np.abs(wanted).max(initial=0), magnitude)
+    bound = 2 * np.abs(baseline - wanted).max(initial=0) + tiny
+    error = np.abs(kernel - wanted)
+    if error.max(initial=0) > bound:
+        worst = np.unravel_index(error.argmax(), error.shape)
+        pytest.fail(
+            f"worst at {worst}: {kernel[worst]!r}, expected {wanted[worst]!r}, "
+            f"error {error[worst]:.3g}, bound {bound:.3g}"
+        )
+
+
+def check(op, *arrays, magnitude=0.0, **options):
+    """One op on float32 arrays, against the reference on the same in float64."""
+    wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays]
+    results = getattr(cpu, op)(*arrays, **options)
+    function = getattr(reference, op)
+    for outcome in zip(
+        *(
+            r if isinstance(r, tuple) else (r,)
+            for r in (results, function(*wide, **options), function(*arrays, **options))
+        ),
+        strict=True,
+    ):
+        assert_close(*outcome, magnitude)
+
+
+def normal(rng, *shape, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def widen(x, dtype):
+    """What a kernel of that dtype computes with, as float32."""
+    if dtype == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    return cpu.round_to(x, dtype)
+
+
+def assert_product_close(kernel, op, packed, x, weight, *args):
+    """The rule for a product, and for bfloat16 pairs, whose rounding of x hides much, how far sums
+    in float32 may be from those of the rounded values: a rounding for every product."""
+    wide = [a.astype(float) if isinstance(a, np.ndarray) else a for a in (x, weight, *args)]
+    if not (packed.isa == "avx512_bf16" and packed.dtype == "bf16"):
+        largest = op(*(np.abs(a) if isinstance(a, np.ndarray) else a for a in wide)).max()
+        return assert_close(kernel, op(*wide), op(x, weight, *args), largest)
+    seen = cpu.round_to(x, "bfloat16")
+    assert_close(kernel, op(*wide), op(seen, weight, *args))
+    exact = op(seen.astype(float), *wide[1:])
+    depth = weight[0].size
+    most = np.abs(seen).max() * np.abs(weight).max() * depth**0.5
+    tiny = 1e-6 + np.finfo(np.float32).eps * depth**0.5 * (most + np.abs(exact).max())
+    assert np.abs(kernel - exact).max() <= tiny
+
+
+SHAPES = [
+    (50, 768, 3072), (50, 3072, 768), (197, 768, 2304), (257, 1024, 1024), (1, 768, 512),
+    (1, 1, 1), (7, 15, 17), (15, 385, 33), (16, 769, 31), (17, 383, 97), (31, 1, 16), (33, 97, 1),
+    (193, 384, 64), (400, 27, 40), (13, 5000, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_linear(isa, rng, shape, dtype):
+    n, k, m = shape
+    x, weight = normal(rng, n, k), normal(rng, m, k, scale=k**-0.5)
+    bias, residual = normal(rng, m), normal(rng, n, m)
+    packed = cpu.pack(weight.astype(np.float16) if dtype == "float16" else weight, dtype)
+    assert packed.isa == isa or packed.isa == "avx512"
+    weight = widen(weight, dtype)
+    for activation in (None, "quick_gelu", "gelu", "relu"):
+        for b, r in ((bias, residual), (None, None)):
+            y = cpu.linear(x, packed, b, activation, r)
+            assert_product_close(y, reference.linear, packed, x, weight, b, activation, r)
+
+
+CONVOLUTIONS = [  # B, H, W, C, O, k, stride
+    (2, 14, 14, 64, 64, 3, 1), (1, 8, 8, 256, 64, 1, 1), (2, 16, 16, 3, 32, 3, 2),
+    (1, 1, 1, 1, 1, 1, 1), (1, 5, 7, 17, 33, 3, 1), (3, 7, 5, 5, 3, 3, 2), (1, 1, 9, 130, 31, 3, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_conv2d(isa, rng, shape, dtype):
+    b, h, w, c, o, k, stride = shape
+    x, weight = normal(rng, b, h, w, c), normal(rng, o, k, k, c, scale=(k * k * c) ** -0.5)
+    bias = normal(rng, o)
+    residual = normal(rng, b, (h - 1) // stride + 1, (w - 1) // stride + 1, o)
+    packed = cpu.pack(weight.astype(np.float16) if dtype == "float16" else weight, dtype)
+    weight = widen(weight, dtype)
+    for activation, r in ((None, None), ("relu", residual)):
+        y = cpu.conv2d(x, packed, bias, stride, activation, r)
+        args = (bias, stride, activation, r)
+        assert_product_close(y, reference.conv2d, packed, x, weight, *args)
+
+
+def sequences(rng, total):
+    """cu_seqlens of sequences of many lengths."""
+    lengths = [*rng.integers(1, 20, 6), total]
+    return np.append(0, np.cumsum(lengths)).astype(np.int32)
+
+
+def magnitude(qkv, heads):
+    """The largest |v|, times how far a score can be moved by its own rounding."""
+    q, k, v = np.abs(qkv).reshape(len(qkv), 3, heads, -1).transpose(1, 2, 0, 3)
+    return v.max() * (1 + (q @ k.transpose(0, 2, 1)).max() / q.shape[-1] ** 0.5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_width", [1, 16, 33, 64, 80, 88, 104, 128])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention(isa, rng, length, head_width, causal):
+    seqs = sequences(rng, length)
+    qkv = normal(rng, seqs[-1], 3 * 2 * head_width)
+    check("attention", qkv, seqs, heads=2, causal=causal, magnitude=magnitude(qkv, 2))
+
+
+def test_attention_with_scores_as_large_as_a_trained_models(isa, rng):
+    seqs = sequences(rng, 50)
+    qkv = normal(rng, seqs[-1], 3 * 128, scale=6)  # scores of hundreds: all but one weight vanish
+    check("attention", qkv, seqs, heads=2, magnitude=magnitude(qkv, 2))
+    check("attention", qkv, seqs, heads=2, causal=True, magnitude=magnitude(qkv, 2))
+
+
+@pytest.mark.parametrize("head_width", [1, 33, 64, 80, 104])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_pool(isa, rng, length, head_width):
+    seqs = sequences(rng, length)
+    q, kv = normal(rng, 7, 3 * head_width), normal(rng, seqs[-1], 6 * head_width)
+    check("attention_pool", q, kv, seqs, heads=3, magnitude=np.abs(kv).max())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 97, 512, 768, 1024, 1280])
+def test_layer_norm(isa, rng, rows, width):
+    x, h = normal(rng, rows, width, scale=5) + np.float32(3), normal(rng, rows, width)
+    weight, bias = normal(rng, width), normal(rng, width)
+    check("layer_norm", x, weight, bias)
+    check("add_layer_norm", x, h, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 224, 224, 32), (1, 3, 28, 28, 14), (3, 1, 4, 6, 2)])
+def test_patchify_and_embed_patches(isa, rng, shape):
+    *image, patch = shape
+    x = normal(rng, *image)
+    np.testing.assert_array_equal(cpu.patchify(x, patch), reference.patchify(x, patch))
+    rows, tokens = shape[0], 7
+    patches, position = normal(rng, rows * (tokens - 1), 33), normal(rng, tokens, 33)
+    class_embedding = normal(rng, 33)
+    np.testing.assert_array_equal(
+        cpu.embed_patches(patches, class_embedding, position),
+        reference.embed_patches(patches, class_embedding, position),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 64, 2), (1, 6, 9, 17, 3), (1, 4, 4, 1, 4)])
+def test_avg_pool2d(isa, rng, shape):
+    *image, k = shape
+    x = normal(rng, *image)
+    check("avg_pool2d", x, k=k, magnitude=np.abs(x).max())
+
+
+def test_arrays_of_any_layout(isa, rng):
+    x, weight = normal(rng, 40, 5).T[::2], normal(rng, 6, 40)
+    packed = cpu.pack(weight, "float32")
+    expected = cpu.linear(np.ascontiguousarray(x), packed)
+    np.testing.assert_array_equal(cpu.linear(x, packed), expected)
+    transposed = cpu.pack(np.asfortranarray(weight), "float32")
+    np.testing.assert_array_equal(cpu.linear(x, transposed), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_row_has_the_same_bits_in_every_batch_and_on_any_number_of_threads(isa, rng, dtype):
+    x, weight = normal(rng, 256 * 3, 770), normal(rng, 97, 770)
+    packed, bias = cpu.pack(weight, dtype), normal(rng, 97)
+    chosen = threads.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            threads.set_num_threads(count)
+            results += [cpu.linear(x[:n], packed, bias, "gelu")[:3] for n in (3, 21, 50, 768)]
+            results.append(
+                np.concatenate([cpu.linear(r[None], packed, bias, "gelu") for r in x[:3]])
+            )
+    finally:
+        threads.set_num_threads(chosen)
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_what_no_kernel_takes_goes_to_the_reference(rng):
+    x = rng.standard_normal((5, 8))
+    np.testing.assert_array_equal(
+        cpu.layer_norm(x, x[0], x[1]), reference.layer_norm(x, x[0], x[1])
+    )
+    long = normal(rng, cpu.MAX_KEYS + 1, 6)
+    seqs = np.array([0, len(long)], np.int32)
+    np.testing.assert_array_equal(cpu.attention(long, seqs, 1), reference.attention(long, seqs, 1))
+    deep = normal(rng, 2, cpu.MAX_DEPTH + 1)
+    assert isinstance(cpu.pack(deep, "float32"), np.ndarray)
+
+
+def test_the_backends_have_the_same_functions_with_the_same_signatures():
+    ops_functions = [n for n, _ in inspect.getmembers(ops, inspect.isfunction)]
+    shared = [n for n in ops_functions if hasattr(reference, n)]
+    assert len(shared) >= 12
+    for name in shared:
+        of_cpu, of_reference = (inspect.signature(getattr(m, name)) for m in (cpu, reference))
+        assert of_cpu.parameters.keys() == of_reference.parameters.keys(), name
