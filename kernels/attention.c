@@ -39,36 +39,50 @@ typedef struct {
 } Memory;
 _Static_assert(sizeof(Memory) <= SCRATCH_BYTES, "MAX_KEYS is too large");
 
-// scores -> exp(scores - max) of n values, which end in -inf up to a whole vector; returns their sum
+// scores -> exp(scores - max) of n values; returns their sum. What follows them up to a whole vector
+// is overwritten.
 INLINE float exponentials(float *scores, int64_t n) {
-    int64_t end = ceil_div(n, LANES) * LANES;
-    for (int64_t t = n; t < end; t++) scores[t] = -INFINITY;
-    vf most = v_load(scores), sum = v_zero();
-    for (int64_t t = LANES; t < end; t += LANES) most = v_max(most, v_load(scores + t));
+    vf lowest = v_set1(-INFINITY), most = lowest, sum = v_zero();
+    for (int64_t t = 0; t < n; t += LANES)
+        most = v_max(most, v_select_n(v_load(scores + t), lowest, lanes_left(n - t)));
     most = v_set1(v_largest(most));
-    for (int64_t t = 0; t < end; t += LANES) {
+    for (int64_t t = 0; t < n; t += LANES) {
         vf e = v_exp(v_sub(v_load(scores + t), most));
+        e = v_first_n(e, lanes_left(n - t));
         v_store(scores + t, e);
         sum = v_add(sum, e);
     }
     return v_sum(sum);
 }
 
-static void pack_keys_and_values(const float *kv, int64_t row, int64_t width, int64_t keys, int64_t d,
-                                 Memory *m) {
-    int64_t panels = ceil_div(d, NR);
-    for (int64_t t = 0; t < keys; t++, kv += row) {
-        float *k = m->keys + t / NR * NR * d + t % NR;
-        for (int64_t i = 0; i < d; i++) k[i * NR] = kv[i];
-        for (int64_t p = 0; p < panels; p++) {
-            float *v = m->values + (p * keys + t) * NR;
-            const float *from = kv + width + p * NR;
-            for (int64_t i = 0; i < NR; i += LANES)
-                v_store(v + i, v_load_n(from + i, lanes_left(d - p * NR - i)));
+static void pack_keys(const float *k, int64_t row, int64_t keys, int64_t d, float *packed) {
+    for (int64_t t = 0; t < ceil_div(keys, NR) * NR; t += LANES)
+        for (int64_t i = 0; i < d; i += LANES) {
+            vf block[LANES];
+            for (int64_t r = 0; r < LANES; r++)
+                block[r] = t + r < keys ? v_load_n(k + (t + r) * row + i, lanes_left(d - i)) : v_zero();
+            v_transpose(block);
+            float *to = packed + t / NR * NR * d + i * NR + t % NR;
+            for (int64_t r = 0; r < smaller(d - i, LANES); r++) v_store(to + r * NR, block[r]);
         }
-    }
-    for (int64_t t = keys; t % NR; t++)
-        for (int64_t i = 0; i < d; i++) m->keys[t / NR * NR * d + i * NR + t % NR] = 0;
+}
+
+static void pack_values(const float *v, int64_t row, int64_t keys, int64_t d, float *packed) {
+    for (int64_t t = 0; t < keys; t++)
+        for (int64_t i = 0; i < d; i += LANES)
+            v_store(packed + (i / NR * keys + t) * NR + i % NR,
+                    v_load_n(v + t * row + i, lanes_left(d - i)));
+    if (d % NR && d % NR <= LANES)  // the last panel's second vector
+        for (int64_t t = 0; t < keys; t++)
+            v_store(packed + (d / NR * keys + t) * NR + LANES, v_zero());
+}
+
+// The next head's rows lie behind this one's, stretches too short for the hardware to foresee.
+static void prefetch_next_head(const float *q, int64_t row, int64_t width, int64_t keys, int64_t d) {
+    for (int64_t t = 0; t < keys; t++)
+        for (int64_t part = 0; part < 3; part++)
+            for (int64_t i = d; i < 2 * d; i += 16)
+                __builtin_prefetch(q + t * row + part * width + i);
 }
 
 INLINE void attend(int mr, const Attention *a, int64_t row, int64_t keys, float *o, Memory *m) {
@@ -81,17 +95,17 @@ INLINE void attend(int mr, const Attention *a, int64_t row, int64_t keys, float 
             for (int v = 0; v < NV; v++)
                 v_store(m->scores + i * ROW + key + v * LANES, v_mul(acc[i][v], v_set1(scale)));
     }
-    float sums[MR];
+    float scales[MR];
     for (int i = 0; i < mr; i++) {
         int64_t n = a->causal ? row + i + 1 : keys;
-        sums[i] = exponentials(m->scores + i * ROW, n);
+        scales[i] = 1.0f / exponentials(m->scores + i * ROW, n);
         for (int64_t t = n; t < seen; t++) m->scores[i * ROW + t] = 0;
     }
     for (int64_t c = 0; c < d; c += NR) {
         multiply(mr, F32, seen, m->scores, ROW, m->values + c * keys, acc);
         for (int i = 0; i < mr; i++)
             for (int v = 0; v < NV; v++)
-                v_store_n(o + i * a->width + c + v * LANES, v_div(acc[i][v], v_set1(sums[i])),
+                v_store_n(o + i * a->width + c + v * LANES, v_mul(acc[i][v], v_set1(scales[i])),
                           lanes_left(d - c - v * LANES));
     }
 }
@@ -103,7 +117,9 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
     int64_t keys = a->cu_seqlens[task / a->heads + 1] - first, d = a->head_width;
     const float *q = a->q + first * a->row + head * d, *kv = a->kv + first * a->row + head * d;
     float *o = a->o + first * a->width + head * d;
-    pack_keys_and_values(kv, a->row, a->width, keys, d, m);
+    pack_keys(kv, a->row, keys, d, m->keys);
+    pack_values(kv + a->width, a->row, keys, d, m->values);
+    if (head + 1 < a->heads) prefetch_next_head(q, a->row, a->width, keys, d);
     int64_t tiles = ceil_div(keys, MR);
     for (int64_t i = 0; i < tiles; i++) {
         int64_t row = tile_start(keys, tiles, i);
@@ -143,13 +159,13 @@ static void run_pool(const void *arguments, int64_t task, Scratch *scratch) {
         }
         m->scores[t] = v_sum(sum) * scale;
     }
-    float total = exponentials(m->scores, keys);
+    float scale_v = 1.0f / exponentials(m->scores, keys);
     for (int64_t i = 0; i < d; i += LANES) {
         int n = lanes_left(d - i);
         vf sum = v_zero();
         for (int64_t t = 0; t < keys; t++)
             sum = v_fma(v_set1(m->scores[t]), v_load_n(v + t * a->row + i, n), sum);
-        v_store_n(o + i, v_div(sum, v_set1(total)), n);
+        v_store_n(o + i, v_mul(sum, v_set1(scale_v)), n);
     }
 }
 

@@ -5,6 +5,7 @@
 //
 //   vf            LANES floats in one register
 //   v_*_n         the same for the first n lanes only, 0 <= n <= LANES; the others read as 0
+//                 (v_select_n: as those of `other`)
 //
 // Multiplications and additions are fused where v_fma says so and nowhere else (-ffp-contract=off):
 // a result must not depend on how the compiler arranged a loop.
@@ -33,6 +34,7 @@ INLINE __mmask16 v_mask(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
 INLINE void v_store_n(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, v_mask(n), x); }
 INLINE vf v_first_n(vf x, int n) { return _mm512_maskz_mov_ps(v_mask(n), x); }  // 0 after n lanes
+INLINE vf v_select_n(vf x, vf other, int n) { return _mm512_mask_mov_ps(other, v_mask(n), x); }
 INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -52,6 +54,23 @@ INLINE vf v_from_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE vf v_interleave(vf a, vf b, int high) {  // of each 128 bits: a0 b0 a1 b1, or a2 b2 a3 b3
+    return high ? _mm512_unpackhi_ps(a, b) : _mm512_unpacklo_ps(a, b);
+}
+INLINE vf v_interleave2(vf a, vf b, int high) {  // a0 a1 b0 b1, or a2 a3 b2 b3
+    __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+}
+INLINE void v_gather_quarters(const vf in[LANES], vf out[LANES], int j) {
+    vf a = _mm512_shuffle_f32x4(in[j], in[4 + j], 0x88);       // their quarters 0 and 2
+    vf b = _mm512_shuffle_f32x4(in[j], in[4 + j], 0xdd);       // 1 and 3
+    vf c = _mm512_shuffle_f32x4(in[8 + j], in[12 + j], 0x88);
+    vf d = _mm512_shuffle_f32x4(in[8 + j], in[12 + j], 0xdd);
+    out[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    out[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+    out[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    out[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
 
 #elif defined(__AVX2__)
 
@@ -68,6 +87,9 @@ INLINE __m256i v_mask(int n) {
 INLINE vf v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, v_mask(n)); }
 INLINE void v_store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, v_mask(n), x); }
 INLINE vf v_first_n(vf x, int n) { return _mm256_and_ps(x, _mm256_castsi256_ps(v_mask(n))); }
+INLINE vf v_select_n(vf x, vf other, int n) {
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(v_mask(n)));
+}
 INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -99,10 +121,37 @@ INLINE vf v_from_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+INLINE vf v_interleave(vf a, vf b, int high) {
+    return high ? _mm256_unpackhi_ps(a, b) : _mm256_unpacklo_ps(a, b);
+}
+INLINE vf v_interleave2(vf a, vf b, int high) {
+    __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_castpd_ps(high ? _mm256_unpackhi_pd(x, y) : _mm256_unpacklo_pd(x, y));
+}
+INLINE void v_gather_quarters(const vf in[LANES], vf out[LANES], int j) {
+    out[j] = _mm256_permute2f128_ps(in[j], in[4 + j], 0x20);
+    out[4 + j] = _mm256_permute2f128_ps(in[j], in[4 + j], 0x31);
+}
 
 #else
 #error "simd.h knows AVX2 and AVX-512"
 #endif
+
+// rows[i][j] -> rows[j][i]: 4 x 4 blocks are transposed within each 128 bits, then put in order.
+INLINE void v_transpose(vf rows[LANES]) {
+    vf t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = v_interleave(rows[i], rows[i + 1], 0);
+        t[i + 1] = v_interleave(rows[i], rows[i + 1], 1);
+    }
+    vf u[LANES];
+    for (int i = 0; i < LANES; i += 4)
+        for (int half = 0; half < 2; half++) {
+            u[i + 2 * half] = v_interleave2(t[i + half], t[i + 2 + half], 0);
+            u[i + 2 * half + 1] = v_interleave2(t[i + half], t[i + 2 + half], 1);
+        }
+    for (int j = 0; j < 4; j++) v_gather_quarters(u, rows, j);
+}
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; the polynomial is that of Cephes' expf
 // (S. Moshier), right to about 1 ulp. x is taken into -87.3 .. 88.7,

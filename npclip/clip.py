@@ -171,8 +171,7 @@ class CLIP:
         Returns float32 [3, R, R], bit-identical to openai/CLIP's. Raises ImageError.
         """
         meta, size = self.metadata, self.config.image_resolution
-        picture = inputs.load_image(image)
-        return preprocess(picture, size, meta.mean, meta.std, meta.resize, meta.interpolation)
+        return preprocess(image, size, meta.mean, meta.std, meta.resize, meta.interpolation)
 
     def encode_image(self, x: Any, normalize: bool = False) -> Float32:
         """Image embeddings, float32: one image gives [E], several [B, E], none [0, E].

@@ -41,18 +41,19 @@ class _Memory:
 
 
 def are_exported(image: Image) -> bool:
-    """Whether view may be tried: an RGB image of Pillow 11.2 or later, with ordinary memory.
+    """Whether view may be tried: an RGB image of Pillow 11.3 or later, with ordinary memory.
 
-    Pillow crashes on exporting what Image.fromarrow made, which is read-only, and its Arrow arrays
-    know nothing of the gaps that PILLOW_ALIGNMENT leaves between rows.
+    Pillow 11.2 never frees what it exported. Others crash on exporting what Image.fromarrow made,
+    which is read-only, or know nothing of the gaps that PILLOW_ALIGNMENT leaves between rows.
     """
-    import PIL.Image
+    import PIL
+    from PIL import _imaging
 
     return (
         image.mode == "RGB"
-        and hasattr(image, "__arrow_c_array__")
+        and [int(number) for number in PIL.__version__.split(".")[:2]] >= [11, 3]
         and not image.im.readonly
-        and PIL.Image.core.get_alignment() == 1
+        and _imaging.get_alignment() == 1
     )
 
 

@@ -15,15 +15,14 @@ import functools
 import io
 import os
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import pil_pixels
+from . import cpu, pil_pixels
 from .errors import ImageError, InputError, InputTypeError
-from .kernels.reference_resize import axis_tables, is_x_first, normalize_table
+from .kernels import reference_resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,8 +31,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0 .. 1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_RESIZED_PIXELS = 178_956_970  # before the crop; Pillow refuses to open larger images
 MAX_KERNEL_SIDE = 16384  # of an image; more weights than that are worth no kernel
-STRIP_BYTES = 4 << 20  # of an image that Pillow keeps in several blocks: what stays in a cache
-BLOCK_BYTES = 16 << 20  # of Pillow's blocks
+BLOCK_BYTES = 16 << 20  # Pillow divides larger images into blocks of that size
 
 Tables: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]  # of axis_tables
 ImageSource = Any  # str | os.PathLike[str] | bytes | bytearray | PIL.Image.Image | uint8 array
@@ -98,7 +96,7 @@ def preprocess(
     corner = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves go to even
     if _is_for_the_kernel(image, old, new):
         x, y = (
-            axis_tables(*lengths, size, interpolation)
+            reference_resize.axis_tables(*lengths, size, interpolation)
             for lengths in zip(old, new, corner, strict=True)
         )
         if (pixels := _by_kernel(image, x, y, _table(tuple(mean), tuple(std)))) is not None:
@@ -131,7 +129,8 @@ def _is_for_the_kernel(image: Any, old: tuple[int, int], new: tuple[int, int]) -
         is_rgb = image.ndim == 3 and image.shape[2] == 3
     else:
         is_rgb = pil_pixels.are_exported(image)
-    return is_rgb and max(old) <= MAX_KERNEL_SIDE and is_x_first(old, new) and _cpu() is not None
+    is_same = max(old) <= MAX_KERNEL_SIDE and reference_resize.is_x_first(old, new)
+    return is_rgb and is_same and _has_kernels()
 
 
 def _by_kernel(
@@ -144,15 +143,15 @@ def _by_kernel(
         if strip is None:
             return None
         x_tables, y_tables = (x_first - x_first[0], x_packed), (y_first - y_first[begin], y_packed)
-        _cpu().resize(strip, x_tables, y_tables, begin, end, table, out)
+        cpu.resize(strip, x_tables, y_tables, begin, end, table, out)
     return out
 
 
 def _strips(image: Any, x: Tables, y: Tables) -> Iterator[tuple[int, int, Any]]:
     """begin, end, and what the outputs begin .. end read, from its first row and column on.
 
-    An image is one strip, read where it lies. One that Pillow keeps in several blocks is copied, a
-    few rows at a time; None stands for a strip that is too large for one block.
+    An image is one strip, read where it lies. One that Pillow keeps in several blocks is copied,
+    some rows at a time, into images of one block; None stands for what does not fit in one.
     """
     (x_first, x_packed), (y_first, y_packed) = x, y
     left, pairs = 2 * int(x_first[0]), y_packed.shape[1]
@@ -161,15 +160,15 @@ def _strips(image: Any, x: Tables, y: Tables) -> Iterator[tuple[int, int, Any]]:
         yield 0, len(y_first), pixels[2 * y_first[0] :, left:]
         return
     right = min(image.width, 2 * int(x_first[-1] + x_packed.shape[1]))
-    row_bytes = 4 * (right - left)
-    if 2 * pairs * row_bytes > BLOCK_BYTES:
+    block_rows = BLOCK_BYTES // (4 * (right - left))
+    if 2 * pairs > block_rows:
         yield 0, 1, None
         return
+    rows = min(8 * 2 * pairs, block_rows)  # neighbours share 2 pairs: an eighth is copied twice
     begin = 0
     while begin < len(y_first):
         top = 2 * int(y_first[begin])
-        fitting = np.searchsorted(2 * (y_first + pairs), top + STRIP_BYTES // row_bytes, "right")
-        end = max(begin + 1, int(fitting))
+        end = int(np.searchsorted(2 * (y_first + pairs), top + rows, "right"))
         bottom = min(image.height, 2 * int(y_first[end - 1] + pairs))
         yield begin, end, pil_pixels.view(image.crop((left, top, right, bottom)))
         begin = end
@@ -181,16 +180,13 @@ def _with_whole_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def _cpu() -> ModuleType | None:
-    """The C kernels; None where there are none."""
-    from . import cpu
-
-    return None if cpu.why_unavailable() else cpu
+def _has_kernels() -> bool:
+    return cpu.why_unavailable() is None
 
 
 @functools.lru_cache
 def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    return normalize_table(mean, std)
+    return reference_resize.normalize_table(mean, std)
 
 
 def _resized(old: tuple[int, int], size: int) -> tuple[int, int]:

@@ -24,7 +24,8 @@ def imports(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from [node.module] if node.module else [alias.name for alias in node.names]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (name.partition(".")[0] for name in names)
 
 
 def third_party(module):

@@ -1,16 +1,13 @@
 """The resize against Pillow, to the bit: kernels/reference_resize.py, and resize.c on every ISA."""
 
-import ctypes
 import secrets
-import shutil
-import subprocess
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from npclip import cpu
 from npclip.kernels import reference_resize
 from npclip.kernels.reference_resize import (
     axis_tables,
@@ -20,11 +17,6 @@ from npclip.kernels.reference_resize import (
 )
 from npclip.preprocess import OPENAI_MEAN, OPENAI_STD
 
-SOURCES = Path(__file__).parents[1] / "kernels"
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
-}
 FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "bilinear": PIL.Image.Resampling.BILINEAR,
@@ -69,31 +61,14 @@ def rng():
     return np.random.default_rng(seed)
 
 
-def supported(isa):
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    return {"avx2", "fma", "f16c", *([] if isa == "avx2" else ["avx512bw", "avx512dq"])} <= {*flags}
-
-
-def kernel(isa, folder):
+@pytest.fixture(params=["avx2", "avx512"])
+def resize_u8(request):
     """The C function resize_u8_{isa}."""
-    if not supported(isa):
-        pytest.skip(f"this machine has no {isa}")
-    if not (compiler := shutil.which("gcc") or shutil.which("clang")):
-        pytest.skip("no C compiler")
-    library = folder / f"resize_{isa}.so"
-    flags = [*FLAGS[isa], f"-DISA={isa}", "-O3", "-std=c11", "-ffp-contract=off", "-fPIC"]
-    command = [compiler, *flags, "-shared", SOURCES / "resize.c", "-o", library]
-    subprocess.run(command, check=True)
-    function = getattr(ctypes.CDLL(str(library)), f"resize_u8_{isa}")
-    p, i = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [p, *[i] * 4, p, p, i, p, p, i, i, i, i, p, p, p]
-    function.restype = None
-    return function
-
-
-@pytest.fixture(scope="session", params=FLAGS)
-def resize_u8(request, tmp_path_factory):
-    return kernel(request.param, tmp_path_factory.mktemp(request.param))
+    if reason := cpu.why_unavailable():
+        pytest.skip(f"no C kernels: {reason}")
+    if request.param not in cpu.machine_isas():
+        pytest.skip(f"this machine has no {request.param}")
+    return cpu.kernel("resize", "u8", request.param)
 
 
 def geometry(old, size, resize):
