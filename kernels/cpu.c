@@ -7,15 +7,21 @@
 //   one caller at a time has the workers; another that comes meanwhile runs its tasks itself, so
 //   several Python threads that encode at once never run more threads than there are cores
 //   a worker that waits spins for a moment (the next op follows within microseconds), then sleeps
+//   workers beyond a number of threads that was lowered end with the next job
 //   after fork the child has no workers: they are made again at its first job
 #define _GNU_SOURCE
 #include "cpu.h"
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define MAX_THREADS 256
 #define SPINS 20000  // of about 40 cycles: some 200 us
@@ -27,14 +33,15 @@ typedef struct {
 } Range;
 
 static struct {
-    pthread_mutex_t owner;   // held by the caller whose job runs
+    pthread_mutex_t owner;   // held by the caller whose job runs, and never waited for
     pthread_mutex_t mutex;   // of the condition below
     pthread_cond_t wake;
     atomic_uint generation;  // counts the jobs; a change of it starts the workers
     atomic_int running;      // workers that have not yet finished the job
     int sleeping, workers;
-    atomic_int wanted;
-    int threads;             // that take part in this job, the caller among them
+    atomic_int wanted;       // threads, the caller among them; may change at any time
+    int wanted_now;          // as this job found it
+    int threads;             // that take part in this job: fewer where there are few tasks
     unsigned born[MAX_THREADS];  // the generation when a worker was made: the job before its first
     Task run;
     const void *arguments;
@@ -74,10 +81,11 @@ static void *worker(void *number) {
             pthread_mutex_unlock(&pool.mutex);
         }
         seen = generation;
+        int ends = self >= pool.wanted_now;
         if (self < pool.threads) work(self);
-        atomic_fetch_sub(&pool.running, 1);
+        atomic_fetch_sub(&pool.running, 1);  // from here on the next job may be written
+        if (ends) return NULL;
     }
-    return NULL;
 }
 
 static void after_fork_in_child(void) {
@@ -87,15 +95,16 @@ static void after_fork_in_child(void) {
     pthread_cond_init(&pool.wake, NULL);
 }
 
-static void register_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+// When the library is loaded: by its first job another thread could fork already.
+__attribute__((constructor)) static void register_fork_handler(void) {
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+}
 
-static void make_workers(void) {  // as many as wanted, or as the system gives
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handler);
+static void make_workers(int wanted) {  // as many, or as the system gives
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the callers' business
-    while (pool.workers < pool.wanted - 1) {
+    while (pool.workers < wanted - 1) {
         pthread_t thread;
         int self = pool.workers + 1;
         pool.born[self] = atomic_load(&pool.generation);
@@ -107,15 +116,17 @@ static void make_workers(void) {  // as many as wanted, or as the system gives
 }
 
 void parallel_for(Task run, const void *arguments, int64_t tasks) {
-    int alone = tasks < 2 || pthread_mutex_trylock(&pool.owner);
-    if (!alone && pool.workers < pool.wanted - 1) make_workers();
-    if (alone || pool.wanted < 2 || !pool.workers) {
+    int wanted = pool.wanted;
+    int alone = tasks < 2 || wanted < 2 || pthread_mutex_trylock(&pool.owner);
+    if (!alone && pool.workers < wanted - 1) make_workers(wanted);
+    if (alone || !pool.workers) {
         Scratch scratch = {memory, -1};
         for (int64_t task = 0; task < tasks; task++) run(arguments, task, &scratch);
         if (!alone) pthread_mutex_unlock(&pool.owner);
         return;
     }
-    int threads = pool.workers + 1 < pool.wanted ? pool.workers + 1 : pool.wanted;
+    int threads = pool.workers + 1 < wanted ? pool.workers + 1 : wanted;
+    pool.wanted_now = wanted;
     pool.threads = tasks < threads ? (int)tasks : threads;
     pool.run = run;
     pool.arguments = arguments;
@@ -132,16 +143,28 @@ void parallel_for(Task run, const void *arguments, int64_t tasks) {
     for (int spins = 0; atomic_load(&pool.running); spins++)
         if (spins < SPINS) _mm_pause();
         else sched_yield();
+    pool.workers = threads - 1;
     pthread_mutex_unlock(&pool.owner);
 }
 
 EXPORT void npclip_set_num_threads(int threads) {
-    pthread_mutex_lock(&pool.owner);
     pool.wanted = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    pthread_mutex_unlock(&pool.owner);
 }
 
 EXPORT int npclip_num_threads(void) { return pool.wanted; }
+
+static int has_amx(void) {
+#ifdef NPCLIP_EMULATE_AMX
+    return 1;
+#elif defined(__linux__)
+    unsigned a, b, c, d;
+    int tile_and_bf16 = 1 << 24 | 1 << 22;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ((int)d & tile_and_bf16) != tile_and_bf16) return 0;
+    return !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XTILEDATA: for all threads
+#else
+    return 0;
+#endif
+}
 
 // Bits of what this machine and its operating system can run, in the order of npclip/cpu.py.
 EXPORT int npclip_isas(void) {
@@ -151,5 +174,5 @@ EXPORT int npclip_isas(void) {
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    return avx2 | avx512 << 1 | bf16 << 2;
+    return avx2 | avx512 << 1 | bf16 << 2 | (bf16 && has_amx()) << 3;
 }

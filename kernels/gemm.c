@@ -17,7 +17,7 @@
 // order   y[n, m] is summed over k in KC-slices, each in turn from its first k to its last, whatever
 //         N, the blocks and the threads are: a row's result has the same bits in every batch.
 // needs   avx2 or avx512; avx512_bf16 multiplies pairs of bfloat16 (vdpbf16ps), w being packed
-//         [M / NR][K / 2][NR][2]
+//         [M / NR][K / 2][NR][2]; amx does so in tiles (tdpbf16ps), and reads the same layouts
 #include <string.h>
 
 #include "gemm.h"
@@ -25,9 +25,10 @@
 #define NC 512             // columns of a block at most: MC x NC sums are 393 KB, in L2
 #define TASKS_A_THREAD 4   // enough to even out threads of different speed
 
-// The scratch of a thread: x's rows packed over all of K, then one widened slice of a weight panel.
+// The scratch of a thread: x's rows packed over all of K, the rows that tiles read beyond them, and one
+// widened slice of a weight panel.
 #define SLICE_BYTES (KC * NR * 4)
-#define PACKED_BYTES (SCRATCH_BYTES - SLICE_BYTES)
+#define PACKED_BYTES (SCRATCH_BYTES - SLICE_BYTES - MR * LDA * 4)
 
 typedef struct {
     Gemm g;
@@ -90,10 +91,14 @@ INLINE void micro_kernel(const Gemm *g, int mr, int format, int64_t depth, const
 
 INLINE void tile(const Gemm *g, int mr, int format, int64_t depth, const float *a, const void *w,
                  int64_t row, int64_t col, int first, int last) {
+#ifdef NPCLIP_AMX
+    micro_kernel(g, mr, format, depth, a, w, row, col, first, last);
+#else
 #define CASE(height) \
     case height: micro_kernel(g, height, format, depth, a, w, row, col, first, last); break;
     switch (mr) { EACH_HEIGHT(CASE) }
 #undef CASE
+#endif
 }
 
 // All slices of x's rows, one after another, each [rows][LDA].
@@ -122,11 +127,14 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
     int64_t row_block = task / plan->col_blocks, col_block = task % plan->col_blocks;
     int64_t row0 = row_block * plan->rows, rows = smaller(plan->rows, g->n - row0);
     int64_t col0 = col_block * plan->cols, col1 = smaller(g->m, col0 + plan->cols);
-    int64_t tiles = ceil_div(rows, MR), k_padded = ceil_div(g->k, PAIR) * PAIR;
+    int64_t tiles = ceil_div(rows, MR), k_padded = round_up(g->k, K_STEP);
     int64_t element = g->format == F32 ? 4 : 2;
     float *wide = (float *)(scratch->memory + SCRATCH_BYTES - SLICE_BYTES);
     if (scratch->packed != row_block) pack_rows(g, row0, rows, (float *)scratch->memory);
     scratch->packed = row_block;
+#ifdef NPCLIP_AMX
+    tiles_begin();
+#endif
     const float *slice = (const float *)scratch->memory;
     for (int64_t k = 0; k < g->k; k += KC * PAIR) {
         int64_t depth = smaller(k_padded - k, KC * PAIR);
@@ -156,6 +164,9 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
         }
         slice += rows * LDA;
     }
+#ifdef NPCLIP_AMX
+    tiles_end();
+#endif
 }
 
 void SYMBOL(gemm)(Gemm g) {

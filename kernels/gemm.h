@@ -4,10 +4,15 @@
 
 #include "cpu.h"
 #include "simd.h"
+#ifdef NPCLIP_AMX
+#include "amx.h"
+#endif
 
 #define NV 2              // vectors a row of the micro-tile
 #define NR (NV * LANES)   // columns of the micro-tile, and of a panel of packed weights
-#if LANES == 16
+#if defined(NPCLIP_AMX)
+#define MR 32  // 2x2 tiles of 16x16 sums, 2 of x, 2 of w: all 8
+#elif LANES == 16
 #define MR 12  // rows: 12x2 accumulators + 2 b + 1 a = 27 of 32 zmm
 #else
 #define MR 6   // 6x2 accumulators + 2 b + 1 a = 15 of 16 ymm
@@ -19,9 +24,11 @@
                        // that the rows of a tile fall into different cache sets
 
 #ifdef __AVX512BF16__
-#define PAIR 2  // values of k that one instruction multiplies
+#define PAIR 2      // values of k that lie beside each other in packed weights
+#define K_STEP 32   // K is filled up with zeros to a multiple: the depth of a tile
 #else
 #define PAIR 1
+#define K_STEP 1
 #endif
 
 enum { NONE, QUICK_GELU, GELU, RELU };  // activation, by its number in npclip/cpu.py
@@ -47,6 +54,7 @@ struct Gemm {
 void SYMBOL(gemm)(Gemm g);
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int lanes_left(int64_t n) { return n < 0 ? 0 : n < LANES ? (int)n : LANES; }
@@ -73,7 +81,32 @@ INLINE void multiply(int mr, int format, int64_t depth, const float *a, int lda,
     }
 }
 
-#ifdef __AVX512BF16__
+#ifdef NPCLIP_AMX
+// The same with tiles, for a and w in pairs of bfloat16: a [mr][pairs][2], w [pairs][NR][2]. Rows after
+// mr up to a whole tile are computed from what lies there, and mean nothing.
+INLINE void multiply_pairs(int mr, int64_t pairs, const float *a, int lda, const uint16_t *w,
+                           vf acc[MR][NV]) {
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    for (int64_t k = 0; k < pairs; k += 16, w += 16 * 2 * NR) {
+        tile_load(6, w, 4 * NR);
+        tile_load(7, w + NR, 4 * NR);
+        tile_load(4, a + k, 4 * lda);
+        tile_multiply(0, 4, 6);
+        tile_multiply(1, 4, 7);
+        if (mr <= 16) continue;
+        tile_load(5, a + 16 * lda + k, 4 * lda);
+        tile_multiply(2, 5, 6);
+        tile_multiply(3, 5, 7);
+    }
+    tile_store(0, &acc[0][0], 4 * NR);
+    tile_store(1, &acc[0][1], 4 * NR);
+    tile_store(2, &acc[16][0], 4 * NR);
+    tile_store(3, &acc[16][1], 4 * NR);
+}
+#elif defined(__AVX512BF16__)
 // The same where a and w are pairs of bfloat16: a [mr][pairs][2], w [pairs][NR][2].
 INLINE void multiply_pairs(int mr, int64_t pairs, const float *a, int lda, const uint16_t *w,
                            vf acc[MR][NV]) {

@@ -2,8 +2,8 @@
 //
 // x [N, K] f32, row-major; w [M, K] in panels of NR rows, [M / NR][K][NR], filled up with zeros;
 // y [N, M] f32. linear_f16 and linear_bf16 store w in 16 bits and compute in f32, so that a checkpoint
-// which stores float16 gives the same bits in half the memory; linear_bf16_avx512_bf16 rounds x to
-// bfloat16 too and multiplies pairs.
+// which stores float16 gives the same bits in half the memory; linear_bf16_avx512_bf16
+// and linear_bf16_amx round x to bfloat16 too and multiply pairs.
 //
 //      K                  NR        The panels lie one after another, so the micro-kernel of gemm.c
 //    +----+   pack    +---------+   reads w forward from its first byte to its last.
@@ -12,7 +12,7 @@
 //                     +---------+
 //
 // cost    see gemm.c; packing reads and writes w once, when a model is loaded
-// needs   avx2, avx512 or avx512_bf16; K <= 24576
+// needs   avx2, avx512, avx512_bf16 or amx; K <= 24576
 #include <string.h>
 
 #include "gemm.h"
@@ -31,17 +31,17 @@ static void pack_a(const Gemm *g, int64_t row, int64_t rows, int64_t k, int64_t 
                             .pack_a = pack_a});                                                \
     }
 
-// The panels of w, of `size` bytes an element, `pair` values of k beside each other.
-static void pack(const void *w, void *out, int64_t m, int64_t k, int size, int pair) {
+// The panels of w, of `size` bytes an element.
+static void pack(const void *w, void *out, int64_t m, int64_t k, int size) {
     const uint16_t *w16 = w;
     const uint32_t *w32 = w;
     uint16_t *out16 = out;
     uint32_t *out32 = out;
-    int64_t k_padded = (k + pair - 1) / pair * pair, i = 0;
+    int64_t i = 0;
     for (int64_t panel = 0; panel < m; panel += NR)
-        for (int64_t j = 0; j < k_padded; j += pair)
+        for (int64_t j = 0; j < round_up(k, K_STEP); j += PAIR)
             for (int64_t c = panel; c < panel + NR; c++)
-                for (int64_t p = j; p < j + pair; p++, i++) {
+                for (int64_t p = j; p < j + PAIR; p++, i++) {
                     int inside = c < m && p < k;
                     if (size == 2) out16[i] = inside ? w16[c * k + p] : 0;
                     else out32[i] = inside ? w32[c * k + p] : 0;
@@ -53,7 +53,7 @@ static void pack(const void *w, void *out, int64_t m, int64_t k, int size, int p
 LINEAR(linear_bf16, BF16, uint16_t)
 
 EXPORT void SYMBOL(pack_bf16)(const void *w, void *out, int64_t m, int64_t k) {
-    pack(w, out, m, k, 2, 2);
+    pack(w, out, m, k, 2);
 }
 
 #else
@@ -63,15 +63,18 @@ LINEAR(linear_f16, F16, uint16_t)
 LINEAR(linear_bf16, BF16, uint16_t)
 
 EXPORT void SYMBOL(pack_f32)(const void *w, void *out, int64_t m, int64_t k) {
-    pack(w, out, m, k, 4, 1);
+    pack(w, out, m, k, 4);
 }
 EXPORT void SYMBOL(pack_f16)(const void *w, void *out, int64_t m, int64_t k) {
-    pack(w, out, m, k, 2, 1);
+    pack(w, out, m, k, 2);
 }
 EXPORT void SYMBOL(pack_bf16)(const void *w, void *out, int64_t m, int64_t k) {
-    pack(w, out, m, k, 2, 1);
+    pack(w, out, m, k, 2);
 }
 
 #endif
 
-EXPORT int64_t SYMBOL(panel)(void) { return NR; }
+// How many elements pack_* writes for w [m, k].
+EXPORT int64_t SYMBOL(packed_size)(int64_t m, int64_t k) {
+    return round_up(m, NR) * round_up(k, K_STEP);
+}

@@ -23,14 +23,14 @@ from .kernels import reference, reference_resize
 
 Array = Any
 
-ISAS = ("avx2", "avx512", "avx512_bf16")  # worst first, as the bits of npclip_isas()
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")  # worst first, as the bits of npclip_isas()
 ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2, "relu": 3}
 MAX_DEPTH, MAX_KEYS, MAX_HEAD_WIDTH = 24576, 1024, 128
 # The arguments of each op: p pointer, i int64, c int, f float.
 SIGNATURES = {
     "linear": "pppppiiic",
     "pack": "ppii",
-    "panel": "",
+    "packed_size": "ii",
     "attention": "pppiiic",
     "attention_pool": "ppppiii",
     "layer_norm": "ppppiif",
@@ -40,6 +40,8 @@ SIGNATURES = {
     "conv2d": "pppppiiiiiiic",
     "avg_pool2d": "ppiiiii",
     "resize": "piiiippippiiiippp",
+    "peak": "ip",
+    "bandwidth": "piip",
 }
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "c": ctypes.c_int, "f": ctypes.c_float}
 
@@ -92,7 +94,7 @@ def kernel(op: str, dtype: str, isa: str) -> Any:
     function = getattr(library(), name, None)
     if function is not None:
         function.argtypes = [TYPES[code] for code in SIGNATURES[op]]
-        function.restype = ctypes.c_int64 if op == "panel" else None
+        function.restype = ctypes.c_int64 if op == "packed_size" else None
     return function
 
 
@@ -134,9 +136,7 @@ def pack(weight: NDArray[Any], dtype: str) -> Packed | NDArray[np.float32]:
     weight = np.ascontiguousarray(weight)
     m, k = len(weight), weight[0].size
     pack_kernel, isa = _best("pack", stored)
-    panel = kernel("panel", "", isa)()
-    pair = 2 if isa == "avx512_bf16" else 1
-    buffer = _aligned(-(-m // panel) * panel * (-(-k // pair) * pair), weight.dtype)
+    buffer = _aligned(kernel("packed_size", "", isa)(m, k), weight.dtype)
     pack_kernel(_pointer(weight), _pointer(buffer), m, k)
     return Packed(weight.shape, stored, isa, buffer)
 

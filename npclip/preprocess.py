@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0 .. 1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_RESIZED_PIXELS = 178_956_970  # before the crop; Pillow refuses to open larger images
-MAX_KERNEL_SIDE = 16384  # of an image; more weights than that are worth no kernel
+MAX_KERNEL_SIDE = 16384  # of an image; up to there the kernel is tested
 BLOCK_BYTES = 16 << 20  # Pillow divides larger images into blocks of that size
 
 Tables: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]  # of axis_tables
@@ -170,8 +170,17 @@ def _strips(image: Any, x: Tables, y: Tables) -> Iterator[tuple[int, int, Any]]:
         top = 2 * int(y_first[begin])
         end = int(np.searchsorted(2 * (y_first + pairs), top + rows, "right"))
         bottom = min(image.height, 2 * int(y_first[end - 1] + pairs))
-        yield begin, end, pil_pixels.view(image.crop((left, top, right, bottom)))
+        yield begin, end, _copied(image, (left, top, right, bottom))
         begin = end
+
+
+def _copied(image: Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
+    import PIL.Image
+
+    try:
+        return pil_pixels.view(image.crop(box))
+    except PIL.Image.DecompressionBombError:  # MAX_IMAGE_PIXELS is low, and meant for files
+        return None
 
 
 def _with_whole_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -299,6 +299,14 @@ def test_strips_larger_than_a_block_go_to_pillow(small_blocks, calls, rng):
     assert not calls
 
 
+@needs_export
+def test_a_low_limit_of_pixels_is_no_error(small_blocks, calls, monkeypatch, rng):
+    image = PIL.Image.fromarray(noise(rng, 300, 200))
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    check(image, 24)
+    assert not calls
+
+
 def test_the_reference_backend_does_not_use_it(calls, monkeypatch, rng):
     image = noise(rng, 90, 80)
     monkeypatch.setenv("NPCLIP_BACKEND", "reference")
