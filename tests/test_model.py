@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import npclip
+from npclip import cpu
 from npclip.checkpoint import open_checkpoint
-from npclip.config import infer_config
+from npclip.config import Metadata, infer_config
+from npclip.convert import convert
+from npclip.errors import CheckpointError
 from npclip.model import encode_image, encode_text
 from npclip.params import load_parameters
 
@@ -74,3 +78,60 @@ def test_batches_and_single_inputs_agree(golden):
     together = model.encode_text(ids)
     for row, features in zip(ids, together, strict=True):
         np.testing.assert_allclose(model.encode_text(row), features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def as_many_threads_afterwards():
+    before = npclip.get_num_threads()
+    yield
+    npclip.set_num_threads(before)
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="BLAS orders its sums as it likes")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_embedding_has_the_same_bits_in_every_batch(golden, dtype, as_many_threads_afterwards):
+    model = npclip.load(golden.path, dtype=dtype)
+    rng = np.random.default_rng()
+    resolution = model.visual.input_resolution
+    images = rng.standard_normal((256, 3, resolution, resolution), dtype=np.float32)
+    ids = np.zeros((256, model.context_length), np.int32)
+    for row in ids:
+        end = int(rng.integers(1, model.context_length))
+        row[:end], row[end] = rng.integers(0, 50, end), model.vocab_size - 1
+    for encode, inputs in ((model.encode_image, images), (model.encode_text, ids)):
+        npclip.set_num_threads(1)
+        one_by_one = np.concatenate([encode(x[None]) for x in inputs[:7]])
+        for threads in (1, 2, 3):
+            npclip.set_num_threads(threads)
+            np.testing.assert_array_equal(encode(inputs[:7]), one_by_one)
+            np.testing.assert_array_equal(encode(inputs)[:7], one_by_one)
+
+
+def test_float16_gives_the_bits_of_float32_where_that_is_what_is_stored(golden, tmp_path):
+    convert(golden.path, tmp_path / "half.safetensors", dtype="float16")
+    exact, half = (npclip.load(tmp_path / "half.safetensors", dtype=d) for d in (None, "float16"))
+    assert half.dtype == "float16"
+    for inputs, method in (("images", "encode_image"), ("ids", "encode_text")):
+        x = golden.arrays[inputs]
+        np.testing.assert_array_equal(getattr(half, method)(x), getattr(exact, method)(x))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2e-6), ("bfloat16", 3e-3)])
+def test_narrow_weights_stay_close_to_float32(golden, dtype, bound):
+    model = npclip.load(golden.path, dtype=dtype)
+    for inputs, method in (("images", "encode_image"), ("ids", "encode_text")):
+        x = golden.arrays[inputs]
+        narrow, exact = (unit(getattr(m, method)(x)) for m in (model, golden.model))
+        assert 1 - (narrow * exact).sum(-1).min() <= bound
+        assert (narrow != exact).any() or dtype == "float16"
+
+
+def test_a_weight_too_large_for_float16_is_an_error(golden, tmp_path):
+    weights = {k: v.astype(np.float32) for k, v in golden.weights.items()}
+    name = next(k for k in weights if k.endswith("text_projection"))
+    weights[name][0, 0] = 1e6
+    metadata = Metadata(activation="quick_gelu").to_strings()
+    save_file(weights, tmp_path / "large.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="too large for float16"):
+        npclip.load(tmp_path / "large.safetensors", dtype="float16")
+    npclip.load(tmp_path / "large.safetensors", dtype="bfloat16")

@@ -102,6 +102,48 @@ def compare(name: str, outliers: bool, seed: int = 0) -> Result:
     return Result(float(image), float(text), float(np.abs(logits - expected_logits).max()))
 
 
+@dataclass(frozen=True)
+class Cosines:
+    """Smallest cosines with torch float32: of npclip in bfloat16, and of torch's own bfloat16."""
+
+    npclip: float
+    torch: float
+
+
+def compare_bfloat16(name: str, outliers: bool, seed: int = 0) -> dict[str, Cosines]:
+    """{"image": ..., "text": ...} of one architecture on the same random weights and inputs."""
+    import torch
+
+    build_model = import_openai_clip().model.build_model
+    tensors = random_tensors(ARCHITECTURES[name], seed, outliers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(tensors, path, Metadata(activation="quick_gelu").to_strings())
+        model = npclip.load(path, dtype="bfloat16")
+        images, ids = _inputs(model, seed)
+        features = model.encode_image(images), model.encode_text(ids)
+        del model
+    state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+    exact, narrow = (build_model(dict(state)).to(d).eval() for d in (torch.float, torch.bfloat16))
+    for module in narrow.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()  # openai/CLIP computes it in float32, whatever the model's dtype
+    with torch.no_grad():
+        pixels, tokens = torch.from_numpy(images), torch.from_numpy(ids)
+        expected = exact.encode_image(pixels).numpy(), exact.encode_text(tokens).numpy()
+        rounded = narrow.encode_image(pixels.bfloat16()), narrow.encode_text(tokens)
+    return {
+        tower: Cosines(_cosine(own, wanted), _cosine(peer.float().numpy(), wanted))
+        for tower, own, peer, wanted in zip(
+            ("image", "text"), features, rounded, expected, strict=True
+        )
+    }
+
+
+def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float((_unit(a) * _unit(b)).sum(-1).min())
+
+
 def _inputs(model: npclip.CLIP, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     size = model.visual.input_resolution
     noise = np.random.default_rng(seed).standard_normal((1, 3, size, size), dtype=np.float32)
