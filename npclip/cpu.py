@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,8 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "c": ctypes.c_int, "f": ctyp
 
 def library_path() -> str:
     """Where the shared library of kernels/ is: in the package, or at $NPCLIP_LIBRARY."""
+    from importlib.resources import files  # not at import: it takes its time
+
     return os.environ.get("NPCLIP_LIBRARY") or str(files("npclip.kernels") / "npclip_cpu.so")
 
 

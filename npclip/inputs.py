@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count, islice
+from functools import partial
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import threads
 from .errors import ImageError, InputError, InputTypeError
 from .preprocess import load_image
 
@@ -33,7 +36,7 @@ def image_batches(
         return iter([_pixels(x, preprocess, resolution)[None]]), True
     if not isinstance(x, Iterable):
         raise InputTypeError(f"an image or images expected, not {type(x).__name__}")
-    return _stack(_numbered(x, preprocess, resolution), size), False
+    return _stacked(enumerate(x), partial(_numbered, preprocess, resolution), size), False
 
 
 def _unwrap(x: Any) -> Any:
@@ -61,12 +64,14 @@ def _is_image(x: Any) -> bool:
     return isinstance(x, (str, os.PathLike, bytes, bytearray)) or _is_pil(x)
 
 
-def _numbered(x: Iterable[Any], preprocess: Callable[[Any], Any], resolution: int) -> Batches:
-    for index, item in enumerate(x):
-        try:
-            yield _pixels(item, preprocess, resolution)
-        except (ImageError, InputError, InputTypeError) as error:
-            raise type(error)(f"image {index}: {error}") from error
+def _numbered(
+    preprocess: Callable[[Any], Any], resolution: int, item: tuple[int, Any]
+) -> NDArray[np.float32]:
+    index, x = item
+    try:
+        return _pixels(x, preprocess, resolution)
+    except (ImageError, InputError, InputTypeError) as error:
+        raise type(error)(f"image {index}: {error}") from error
 
 
 def _pixels(x: Any, preprocess: Callable[[Any], Any], resolution: int) -> NDArray[np.float32]:
@@ -138,6 +143,24 @@ def _check_ids(ids: NDArray[Any], context_length: int, vocab_size: int) -> NDArr
     return ids
 
 
-def _stack(items: Batches, size: int) -> Batches:
-    for first in items:
-        yield np.stack(list(chain([first], islice(items, size - 1))))
+def _stacked(
+    items: Iterator[Any], pixels: Callable[[Any], NDArray[np.float32]], size: int
+) -> Batches:
+    decoded = _in_threads(items, pixels)
+    while batch := list(islice(decoded, size)):
+        stacked = np.stack(batch)
+        del batch
+        yield stacked
+        del stacked
+
+
+def _in_threads(items: Iterator[Any], pixels: Callable[[Any], Any]) -> Iterator[Any]:
+    """pixels of every item, in order, in as many threads as the kernels use."""
+    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
+
+    count = threads.get_num_threads()
+    with ThreadPoolExecutor(count) as pool:
+        running = deque(pool.submit(pixels, item) for item in islice(items, 2 * count))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(pixels, item) for item in islice(items, 1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -61,6 +60,8 @@ def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None
     dtype: of the weights and what they are multiplied with, see load(). release is called after
     each weight: what it was made from is not needed any more.
     """
+    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
+
     from . import cpu
 
     convert = cpu.pack if _backend() is cpu else cpu.round_to

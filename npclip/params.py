@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,8 @@ def load_parameters(
         if name.endswith("running_var") and array.min() < 0:
             raise CheckpointError(f"tensor {name}: a variance is negative, {array.min()}")
         return array
+
+    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         flat = dict(zip(names, pool.map(load, names), strict=True))

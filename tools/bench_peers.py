@@ -12,6 +12,7 @@ installed are left out (tests/parity/requirements*.txt). With --write, the READM
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import platform
 import subprocess
@@ -20,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,21 @@ from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
 import npclip
+from npclip import cpu
 from npclip.config import ARCHITECTURES, Metadata
 
 Encoder = Callable[[NDArray], NDArray]
 START, END = "<!-- speed -->\n", "<!-- /speed -->\n"
-README_CASES = [("ViT-B/32", "image", (1, 8, 32)), ("ViT-B/32", "text", (1, 32))]
-README_PEERS = ("npclip", "torch", "torch-compile", "onnxruntime", "openvino", "clippie")
+FLOAT32 = ("npclip", "torch", "torch-compile", "onnxruntime", "openvino", "clippie")
+BFLOAT16 = ("npclip-bfloat16", "torch-compile-bfloat16", "openvino-bfloat16", "onnxruntime-int8")
+README_CASES = [
+    (FLOAT32, "ViT-B/32", "image", (1, 8, 32)),
+    (FLOAT32, "ViT-B/32", "text", (1, 32)),
+    (BFLOAT16, "ViT-B/32", "image", (1, 8, 32)),
+    (BFLOAT16, "ViT-B/32", "text", (1, 32)),
+    (BFLOAT16, "ViT-L/14", "image", (8,)),
+    (BFLOAT16, "RN50", "image", (1, 32)),
+]
 
 
 class Model:
@@ -98,9 +109,9 @@ def _text_tower(clip):
     return Text().eval()
 
 
-def build_npclip(model: Model) -> Encoder:
+def build_npclip(model: Model, dtype: str) -> Encoder:
     """This project."""
-    clip = npclip.load(model.checkpoint)
+    clip = npclip.load(model.checkpoint, dtype=dtype)
     return clip.encode_image if model.what == "image" else clip.encode_text
 
 
@@ -111,32 +122,46 @@ def build_torch(model: Model) -> Encoder:
     return lambda x: model.tower(torch.from_numpy(x)).numpy()
 
 
-def build_torch_compile(model: Model) -> Encoder:
-    """The same through torch.compile, one graph a shape."""
+def build_torch_compile(model: Model, dtype: str) -> Encoder:
+    """The same through torch.compile, one graph a shape; LayerNorm stays in float32, as CLIP's."""
     import torch
 
-    compiled = torch.compile(model.tower, dynamic=False)
-    return lambda x: compiled(torch.from_numpy(x)).numpy()
+    tower = copy.deepcopy(model.tower).to(getattr(torch, dtype))
+    for module in tower.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    compiled = torch.compile(tower, dynamic=False)
+
+    def encode(x: NDArray) -> NDArray:
+        tensor = torch.from_numpy(x)
+        pixels = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        return compiled(pixels).float().numpy()
+
+    return encode
 
 
-def build_onnxruntime(model: Model) -> Encoder:
-    """onnxruntime, float32."""
+def build_onnxruntime(model: Model, int8: bool) -> Encoder:
+    """onnxruntime, float32, or with weights and activations quantised to int8 dynamically."""
     import onnxruntime
 
+    path = model.onnx()
+    if int8:
+        from onnxruntime.quantization import quantize_dynamic
+
+        path = path.with_suffix(".int8.onnx")
+        quantize_dynamic(model.onnx(), path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = model.threads
-    session = onnxruntime.InferenceSession(
-        model.onnx(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
 
-def build_openvino(model: Model) -> Encoder:
-    """OpenVINO, float32."""
+def build_openvino(model: Model, precision: str) -> Encoder:
+    """OpenVINO; precision "f32" or "bf16"."""
     import openvino
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": model.threads,
     }
@@ -163,17 +188,26 @@ def build_clippie(model: Model) -> Encoder:
 
 
 PEERS: dict[str, tuple[str, Callable[[Model], Encoder]]] = {  # name -> module needed, builder
-    "npclip": ("npclip", build_npclip),
+    "npclip": ("npclip", partial(build_npclip, dtype="float32")),
+    "npclip-bfloat16": ("npclip", partial(build_npclip, dtype="bfloat16")),
     "torch": ("torch", build_torch),
-    "torch-compile": ("torch", build_torch_compile),
-    "onnxruntime": ("onnxruntime", build_onnxruntime),
-    "openvino": ("openvino", build_openvino),
+    "torch-compile": ("torch", partial(build_torch_compile, dtype="float32")),
+    "torch-compile-bfloat16": ("torch", partial(build_torch_compile, dtype="bfloat16")),
+    "onnxruntime": ("onnxruntime", partial(build_onnxruntime, int8=False)),
+    "onnxruntime-int8": ("onnxruntime", partial(build_onnxruntime, int8=True)),
+    "openvino": ("openvino", partial(build_openvino, precision="f32")),
+    "openvino-bfloat16": ("openvino", partial(build_openvino, precision="bf16")),
     "clippie": ("clippie", build_clippie),
 }
 
 
 def bench(
-    name: str, what: str, batches: tuple[int, ...], peers: list[str], rounds: int, threads: int
+    name: str,
+    what: str,
+    batches: tuple[int, ...],
+    peers: tuple[str, ...],
+    rounds: int,
+    threads: int,
 ) -> dict[int, dict[str, tuple[float, float]]]:
     """batch -> peer -> (median seconds, smallest cosine with torch float32)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -243,30 +277,39 @@ def start_up(rounds: int) -> str:
     )
 
 
-def table(cases: list, peers: list[str], rounds: int, threads: int) -> str:
-    """The Markdown table of all cases: milliseconds a batch, and how many times npclip's."""
-    rows = ["| | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
-    for name, what, batches in cases:
-        for batch, results in bench(name, what, batches, peers, rounds, threads).items():
-            own = results["npclip"][0]
-            cells = []
-            for peer in peers:
-                seconds, cosine = results.get(peer, (float("nan"), float("nan")))
-                ratio = "" if peer == "npclip" else f" ({seconds / own:.2f}x)"
-                cells.append("-" if np.isnan(seconds) else f"{seconds * 1e3:.1f}{ratio}")
-                print(
-                    f"{name} {what} b={batch:<3} {peer:14s} {seconds * 1e3:9.2f} ms "
-                    f"{batch / seconds:8.1f}/s  cosine {cosine:.7f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            rows.append(f"| {name} {what}, batch {batch} | " + " | ".join(cells) + " |")
+def tables(cases: list, rounds: int, threads: int) -> str:
+    """The Markdown tables of all cases: milliseconds a batch, and how many times npclip's."""
+    text = ""
+    for peers in dict.fromkeys(case[0] for case in cases):
+        text += "| | " + " | ".join(peers) + " |\n" + "|---" * (len(peers) + 1) + "|\n"
+        for _, name, what, batches in (case for case in cases if case[0] == peers):
+            for batch, results in bench(name, what, batches, peers, rounds, threads).items():
+                text += _row(f"{name} {what}, batch {batch}", batch, peers, results)
+        text += "\n"
     versions = [f"npclip {npclip.__version__}", f"NumPy {np.__version__}"]
     for module in ("torch", "onnxruntime", "openvino"):
         if importlib.util.find_spec(module):
             versions.append(f"{module} {importlib.import_module(module).__version__}")
-    note = f"Milliseconds a batch, float32, {threads} threads of {_processor()}; in brackets, times"
-    return f"{note} npclip's. {', '.join(versions)}.\n\n" + "\n".join(rows) + "\n"
+    isa = "NumPy" if cpu.why_unavailable() else f"kernels for {cpu.isas()[0]}"
+    return (
+        f"Milliseconds a batch, {threads} threads of {_processor()} ({isa}), median of {rounds} "
+        f"interleaved rounds; in brackets, times npclip's. {', '.join(versions)}.\n\n{text}"
+    )
+
+
+def _row(title: str, batch: int, peers: tuple[str, ...], results: dict) -> str:
+    own, cells = results[peers[0]][0], []
+    for peer in peers:
+        seconds, cosine = results.get(peer, (float("nan"), float("nan")))
+        ratio = "" if peer == peers[0] else f" ({seconds / own:.2f}x)"
+        cells.append("-" if np.isnan(seconds) else f"{seconds * 1e3:.1f}{ratio}")
+        print(
+            f"{title:30s} {peer:22s} {seconds * 1e3:9.2f} ms {batch / seconds:8.1f}/s  "
+            f"cosine {cosine:.7f}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return f"| {title} | " + " | ".join(cells) + " |\n"
 
 
 def main() -> None:
@@ -275,12 +318,12 @@ def main() -> None:
     parser.add_argument("--model", choices=ARCHITECTURES, default="ViT-B/32", metavar="MODEL")
     parser.add_argument("--what", choices=("image", "text"), default="image")
     parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--peers", default=",".join(README_PEERS))
+    parser.add_argument("--peers", default=",".join(FLOAT32), help=", ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", type=Path, metavar="FILE", help="the README's cases, into FILE")
     args = parser.parse_args()
-    peers = args.peers.split(",")
+    peers = tuple(args.peers.split(","))
     if unknown := set(peers) - set(PEERS):
         parser.error(f"unknown peers {unknown}; known: {', '.join(PEERS)}")
     import torch
@@ -289,8 +332,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     batches = tuple(int(b) for b in args.batches.split(","))
-    cases = README_CASES if args.write else [(args.model, args.what, batches)]
-    text = table(cases, peers, args.rounds, args.threads)
+    npclip.set_num_threads(args.threads)
+    cases = README_CASES if args.write else [(peers, args.model, args.what, batches)]
+    text = tables(cases, args.rounds, args.threads)
     if args.write:
         text += "\n" + start_up(args.rounds)
         replace_between_markers(args.write, text, START, END)
