@@ -24,6 +24,7 @@
 #endif
 
 #define MAX_THREADS 256
+#define OPEN (1 << 16)
 #define SPINS 20000  // of about 40 cycles: some 200 us
 #define EXPORT __attribute__((visibility("default")))
 
@@ -37,11 +38,11 @@ static struct {
     pthread_mutex_t mutex;   // of the condition below
     pthread_cond_t wake;
     atomic_uint generation;  // counts the jobs; a change of it starts the workers
-    atomic_int running;      // workers that have not yet finished the job
-    int sleeping, workers;
+    atomic_int gate;         // OPEN while a job takes workers, plus the number that are in it
+    int sleeping;
+    atomic_int workers;      // that live
     atomic_int wanted;       // threads, the caller among them; may change at any time
-    int wanted_now;          // as this job found it
-    int threads;             // that take part in this job: fewer where there are few tasks
+    int threads;             // that the job is split for
     unsigned born[MAX_THREADS];  // the generation when a worker was made: the job before its first
     Task run;
     const void *arguments;
@@ -63,6 +64,13 @@ static void work(int self) {
     }
 }
 
+static int enter(void) {
+    int gate = atomic_load(&pool.gate);
+    while (gate & OPEN)
+        if (atomic_compare_exchange_weak(&pool.gate, &gate, gate + 1)) return 1;
+    return 0;
+}
+
 static void *worker(void *number) {
     int self = (int)(intptr_t)number;
     unsigned seen = pool.born[self];
@@ -81,15 +89,18 @@ static void *worker(void *number) {
             pthread_mutex_unlock(&pool.mutex);
         }
         seen = generation;
-        int ends = self >= pool.wanted_now;
-        if (self < pool.threads) work(self);
-        atomic_fetch_sub(&pool.running, 1);  // from here on the next job may be written
-        if (ends) return NULL;
+        if (self >= atomic_load(&pool.wanted)) {  // fewer threads are wanted now
+            atomic_fetch_sub(&pool.workers, 1);
+            return NULL;
+        }
+        if (!enter()) continue;  // too late: the job is done
+        work(self);
+        atomic_fetch_sub(&pool.gate, 1);  // from here on the next job may be written
     }
 }
 
 static void after_fork_in_child(void) {
-    pool.workers = pool.sleeping = 0;
+    pool.workers = pool.sleeping = pool.gate = 0;
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -126,7 +137,6 @@ void parallel_for(Task run, const void *arguments, int64_t tasks) {
         return;
     }
     int threads = pool.workers + 1 < wanted ? pool.workers + 1 : wanted;
-    pool.wanted_now = wanted;
     pool.threads = tasks < threads ? (int)tasks : threads;
     pool.run = run;
     pool.arguments = arguments;
@@ -134,16 +144,16 @@ void parallel_for(Task run, const void *arguments, int64_t tasks) {
         atomic_store(&pool.ranges[i].next, tasks * i / pool.threads);
         pool.ranges[i].end = tasks * (i + 1) / pool.threads;
     }
-    atomic_store(&pool.running, pool.workers);
+    atomic_store(&pool.gate, OPEN);
     pthread_mutex_lock(&pool.mutex);
     atomic_fetch_add(&pool.generation, 1);
     if (pool.sleeping) pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.mutex);
     work(0);
-    for (int spins = 0; atomic_load(&pool.running); spins++)
+    atomic_fetch_and(&pool.gate, ~OPEN);  // who has not come by now is not waited for
+    for (int spins = 0; atomic_load(&pool.gate); spins++)
         if (spins < SPINS) _mm_pause();
         else sched_yield();
-    pool.workers = threads - 1;
     pthread_mutex_unlock(&pool.owner);
 }
 

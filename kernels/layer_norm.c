@@ -15,6 +15,7 @@
 #include "gemm.h"
 
 #define ROWS 8
+#define CHAINS 4
 
 typedef struct {
     const float *x, *h, *weight, *bias;
@@ -23,17 +24,29 @@ typedef struct {
     float eps;
 } LayerNorm;
 
+// The sum over a row of x - center, or of its square, in CHAINS sums, so that additions need not wait for
+// one another.
+INLINE float sum(const float *x, int64_t d, vf center, int square) {
+    vf sums[CHAINS];
+    for (int c = 0; c < CHAINS; c++) sums[c] = v_zero();
+    int64_t i = 0;
+    for (; i + CHAINS * LANES <= d; i += CHAINS * LANES)
+        for (int c = 0; c < CHAINS; c++) {
+            vf v = v_sub(v_load(x + i + c * LANES), center);
+            sums[c] = square ? v_fma(v, v, sums[c]) : v_add(v, sums[c]);
+        }
+    for (; i < d; i += LANES) {
+        int n = lanes_left(d - i);
+        vf v = v_first_n(v_sub(v_load_n(x + i, n), center), n);
+        sums[0] = square ? v_fma(v, v, sums[0]) : v_add(v, sums[0]);
+    }
+    return v_sum(v_add(v_add(sums[0], sums[1]), v_add(sums[2], sums[3])));
+}
+
 static void normalize(const LayerNorm *p, const float *x, float *y) {
     int64_t d = p->d;
-    vf sum = v_zero();
-    for (int64_t i = 0; i < d; i += LANES) sum = v_add(sum, v_load_n(x + i, lanes_left(d - i)));
-    vf mean = v_set1(v_sum(sum) / (float)d), squares = v_zero();
-    for (int64_t i = 0; i < d; i += LANES) {
-        int n = lanes_left(d - i);
-        vf c = v_first_n(v_sub(v_load_n(x + i, n), mean), n);
-        squares = v_fma(c, c, squares);
-    }
-    vf scale = v_set1(1.0f / sqrtf(v_sum(squares) / (float)d + p->eps));
+    vf mean = v_set1(sum(x, d, v_zero(), 0) / (float)d);
+    vf scale = v_set1(1.0f / sqrtf(sum(x, d, mean, 1) / (float)d + p->eps));
     for (int64_t i = 0; i < d; i += LANES) {
         int n = lanes_left(d - i);
         vf c = v_mul(v_sub(v_load_n(x + i, n), mean), scale);

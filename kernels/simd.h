@@ -33,7 +33,10 @@ INLINE void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
 INLINE __mmask16 v_mask(int n) { return (__mmask16)((1u << n) - 1); }
 #ifndef NPCLIP_SANITIZE
 INLINE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
-INLINE void v_store_n(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, v_mask(n), x); }
+INLINE void v_store_n(float *p, vf x, int n) {
+    if (n == LANES) v_store(p, x);  // masked stores are slow
+    else _mm512_mask_storeu_ps(p, v_mask(n), x);
+}
 #endif
 INLINE vf v_first_n(vf x, int n) { return _mm512_maskz_mov_ps(v_mask(n), x); }  // 0 after n lanes
 INLINE vf v_select_n(vf x, vf other, int n) { return _mm512_mask_mov_ps(other, v_mask(n), x); }
@@ -88,7 +91,10 @@ INLINE __m256i v_mask(int n) {
 }
 #ifndef NPCLIP_SANITIZE
 INLINE vf v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, v_mask(n)); }
-INLINE void v_store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, v_mask(n), x); }
+INLINE void v_store_n(float *p, vf x, int n) {
+    if (n == LANES) v_store(p, x);  // masked stores are slow
+    else _mm256_maskstore_ps(p, v_mask(n), x);
+}
 #endif
 INLINE vf v_first_n(vf x, int n) { return _mm256_and_ps(x, _mm256_castsi256_ps(v_mask(n))); }
 INLINE vf v_select_n(vf x, vf other, int n) {

@@ -21,6 +21,7 @@ from .config import Metadata, infer_config
 from .errors import CheckpointError
 from .safetensors_file import NAMES
 from .tensor import DTYPES, Array
+from .weights import to_bfloat16
 
 FORMAT_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 TARGETS = ("float32", "float16", "bfloat16")
@@ -139,7 +140,7 @@ def cast(name: str, array: Array, source: str, target: str) -> Array:
         array = (array.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         if target == "bfloat16":
-            result = _to_bfloat16(array.astype(np.float32))
+            result = to_bfloat16(array)
             overflow = (result & 0x7FFF) == 0x7F80
         else:
             result = array.astype(DTYPES[target])
@@ -147,11 +148,3 @@ def cast(name: str, array: Array, source: str, target: str) -> Array:
     if np.any(overflow & np.isfinite(array)):
         raise CheckpointError(f"tensor {name} holds values too large for {target}")
     return result
-
-
-def _to_bfloat16(array: Array) -> Array:
-    """float32 -> bfloat16 bit patterns. Adding half of the last place kept, less one where it is
-    even, carries into it exactly where rounding to nearest even goes up."""
-    bits = np.ascontiguousarray(array).reshape(array.shape).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-    return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)

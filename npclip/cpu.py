@@ -10,15 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import threads
-from .errors import BackendError, CheckpointError
+from .errors import BackendError
 from .kernels import reference, reference_resize
+from .weights import Packed, round_to, to_bfloat16, to_float16
 
 Array = Any
 
@@ -103,21 +103,6 @@ def _best(op: str, dtype: str) -> tuple[Any, str]:
     return next((k, isa) for isa in isas() if (k := kernel(op, dtype, isa)) is not None)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A weight in the layout of the linear or conv2d kernel of one ISA (kernels/linear.c)."""
-
-    shape: tuple[int, ...]  # of the weight: [M, K], or [O, k, k, C]
-    dtype: str  # as stored: f32, f16 or bf16
-    isa: str
-    buffer: NDArray[Any]
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-
 def pack(weight: NDArray[Any], dtype: str) -> Packed | NDArray[np.float32]:
     """A float32 or float16 weight for a model of dtype "float32", "float16" or "bfloat16".
 
@@ -140,30 +125,6 @@ def pack(weight: NDArray[Any], dtype: str) -> Packed | NDArray[np.float32]:
     buffer = _aligned(kernel("packed_size", "", isa)(m, k), weight.dtype)
     pack_kernel(_pointer(weight), _pointer(buffer), m, k)
     return Packed(weight.shape, stored, isa, buffer)
-
-
-def round_to(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """What pack stores, as float32: for the reference."""
-    if dtype == "bfloat16":
-        return (to_bfloat16(weight).astype(np.uint32) << 16).view(np.float32)
-    if dtype == "float16" and weight.ndim == 2:
-        weight = to_float16(weight)
-    return weight.astype(np.float32, copy=False)
-
-
-def to_float16(x: NDArray[Any]) -> NDArray[np.float16]:
-    """Rounded to float16. Raises CheckpointError where a value is too large."""
-    with np.errstate(over="ignore"):
-        half = x.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise CheckpointError("a weight is too large for float16: use float32 or bfloat16")
-    return half
-
-
-def to_bfloat16(x: NDArray[Any]) -> NDArray[np.uint16]:
-    """The bits of x rounded to bfloat16, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
 
 
 def _aligned(size: int, dtype: Any) -> NDArray[Any]:

@@ -62,9 +62,9 @@ def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None
     """
     from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
 
-    from . import cpu
+    from . import cpu, weights
 
-    convert = cpu.pack if _backend() is cpu else cpu.round_to
+    convert = cpu.pack if _backend() is cpu else weights.round_to
 
     def convert_one(layer: Parameters) -> None:
         layer["weight"] = convert(layer["weight"], dtype)

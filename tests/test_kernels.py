@@ -10,7 +10,7 @@ import inspect
 import numpy as np
 import pytest
 
-from npclip import cpu, ops, threads
+from npclip import cpu, ops, threads, weights
 from npclip.kernels import reference
 
 if reason := cpu.why_unavailable():
@@ -74,7 +74,7 @@ def widen(x, dtype):
     """What a kernel of that dtype computes with, as float32."""
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
-    return cpu.round_to(x, dtype)
+    return weights.round_to(x, dtype)
 
 
 def assert_product_close(kernel, op, packed, x, weight, *args):
@@ -84,7 +84,7 @@ def assert_product_close(kernel, op, packed, x, weight, *args):
     if not (packed.isa in ("avx512_bf16", "amx") and packed.dtype == "bf16"):
         largest = op(*(np.abs(a) if isinstance(a, np.ndarray) else a for a in wide)).max()
         return assert_close(kernel, op(*wide), op(x, weight, *args), largest)
-    seen = cpu.round_to(x, "bfloat16")
+    seen = weights.round_to(x, "bfloat16")
     assert_close(kernel, op(*wide), op(seen, weight, *args))
     exact = op(seen.astype(float), *wide[1:])
     depth = weight[0].size
