@@ -22,6 +22,7 @@
 #define MC 192  // rows of a block
 #define LDA (KC + 16)  // from one packed row to the next: a whole number of cache lines, odd, so
                        // that the rows of a tile fall into different cache sets
+#define AHEAD 24  // rows of a panel that are fetched in advance: about 500 cycles, L3's latency twice
 
 #ifdef __AVX512BF16__
 #define PAIR 2      // values of k that lie beside each other in packed weights
@@ -72,6 +73,9 @@ INLINE void multiply(int mr, int format, int64_t depth, const float *a, int lda,
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) acc[i][v] = v_zero();
     for (int64_t k = 0; k < depth; k++) {
+        const char *ahead = (const char *)w + (k + AHEAD) * NR * (format == F32 ? 4 : 2);
+        __builtin_prefetch(ahead);
+        if (format == F32 && LANES == 16) __builtin_prefetch(ahead + 64);
         vf b0 = load_weight(format, w, k * NR), b1 = load_weight(format, w, k * NR + LANES);
         for (int i = 0; i < mr; i++) {
             vf ai = v_set1(a[i * lda + k]);
@@ -113,6 +117,8 @@ INLINE void multiply_pairs(int mr, int64_t pairs, const float *a, int lda, const
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) acc[i][v] = v_zero();
     for (int64_t k = 0; k < pairs; k++, w += 2 * NR) {
+        __builtin_prefetch(w + AHEAD * 2 * NR);
+        __builtin_prefetch(w + AHEAD * 2 * NR + NR);
         __m512bh b0 = (__m512bh)_mm512_loadu_si512(w), b1 = (__m512bh)_mm512_loadu_si512(w + NR);
         for (int i = 0; i < mr; i++) {
             __m512bh ai = (__m512bh)v_set1(a[i * lda + k]);
