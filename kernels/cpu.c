@@ -43,7 +43,6 @@ static struct {
     atomic_int workers;      // that live
     atomic_int wanted;       // threads, the caller among them; may change at any time
     int threads;             // that the job is split for
-    unsigned born[MAX_THREADS];  // the generation when a worker was made: the job before its first
     Task run;
     const void *arguments;
     Range ranges[MAX_THREADS];
@@ -71,9 +70,9 @@ static int enter(void) {
     return 0;
 }
 
-static void *worker(void *number) {
-    int self = (int)(intptr_t)number;
-    unsigned seen = pool.born[self];
+static void *worker(void *start) {  // its number, and the generation of the job before its first
+    int self = (int)((uintptr_t)start % MAX_THREADS);
+    unsigned seen = (unsigned)((uintptr_t)start / MAX_THREADS);
     for (;;) {
         unsigned generation = seen;
         for (int i = 0; i < SPINS && generation == seen; i++) {
@@ -117,11 +116,14 @@ static void make_workers(int wanted) {  // as many, or as the system gives
     pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the callers' business
     while (pool.workers < wanted - 1) {
         pthread_t thread;
-        int self = pool.workers + 1;
-        pool.born[self] = atomic_load(&pool.generation);
-        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)self)) break;
+        uintptr_t self = pool.workers + 1, generation = atomic_load(&pool.generation);
+        void *start = (void *)(generation * MAX_THREADS + self);
+        atomic_fetch_add(&pool.workers, 1);  // before it can end; others end meanwhile
+        if (pthread_create(&thread, NULL, worker, start)) {
+            atomic_fetch_sub(&pool.workers, 1);
+            break;
+        }
         pthread_detach(thread);
-        pool.workers = self;
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
