@@ -170,6 +170,7 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
 }
 
 void SYMBOL(gemm)(Gemm g) {
+    if (!g.n) return;  // no rows: nothing to divide into blocks
     Plan plan = {.g = g};
     int64_t fits = PACKED_BYTES / (4 * LDA * ceil_div(g.k, KC * PAIR)) / MR * MR;
     int64_t rows = fits < MC ? fits : MC;

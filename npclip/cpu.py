@@ -109,7 +109,7 @@ def pack(weight: NDArray[Any], dtype: str) -> Packed | NDArray[np.float32]:
     float16 weights stay so where that loses nothing: arithmetic is in float32 in either case.
     Raises CheckpointError for a weight too large for float16.
     """
-    if weight[0].size > MAX_DEPTH:
+    if not weight.size or weight[0].size > MAX_DEPTH:
         return round_to(weight, dtype)
     if dtype == "bfloat16":
         weight, stored = to_bfloat16(weight), "bf16"

@@ -116,6 +116,17 @@ def test_linear(isa, rng, shape, dtype):
             assert_product_close(y, reference.linear, packed, x, weight, b, activation, r)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_no_rows_and_no_weights(isa, rng, dtype):
+    packed = cpu.pack(normal(rng, 5, 8), dtype)
+    assert cpu.linear(normal(rng, 0, 8), packed, normal(rng, 5), "gelu").shape == (0, 5)
+    kernel = cpu.pack(normal(rng, 5, 3, 3, 2), dtype)
+    assert cpu.conv2d(normal(rng, 0, 4, 4, 2), kernel, normal(rng, 5)).shape == (0, 4, 4, 5)
+    for shape in ((0, 8), (5, 0)):
+        weight = cpu.pack(normal(rng, *shape), dtype)
+        assert cpu.linear(normal(rng, 3, shape[1]), weight).tolist() == [[0.0] * shape[0]] * 3
+
+
 CONVOLUTIONS = [  # B, H, W, C, O, k, stride
     (2, 14, 14, 64, 64, 3, 1), (1, 8, 8, 256, 64, 1, 1), (2, 16, 16, 3, 32, 3, 2),
     (1, 1, 1, 1, 1, 1, 1), (1, 5, 7, 17, 33, 3, 1), (3, 7, 5, 5, 3, 3, 2), (1, 1, 9, 130, 31, 3, 1),
