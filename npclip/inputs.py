@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from . import threads
 from .errors import ImageError, InputError, InputTypeError
-from .preprocess import load_image
 
-__all__ = ["ImageInput", "image_batches", "load_image", "text_batches"]
+__all__ = ["ImageInput", "image_batches", "text_batches"]
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any]"
 Batches: TypeAlias = Iterator[NDArray[Any]]

@@ -8,13 +8,13 @@ kernels/README.md.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from . import threads
 from .errors import BackendError, InputError
 from .kernels import reference
 
@@ -60,8 +60,6 @@ def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None
     dtype: of the weights and what they are multiplied with, see load(). release is called after
     each weight: what it was made from is not needed any more.
     """
-    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
-
     from . import cpu, weights
 
     convert = cpu.pack if _backend() is cpu else weights.round_to
@@ -70,8 +68,7 @@ def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None
         layer["weight"] = convert(layer["weight"], dtype)
         release()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(convert_one, _layers_with_weights(params)))
+    threads.map_weights(convert_one, _layers_with_weights(params))
 
 
 def _layers_with_weights(node: Any) -> Iterator[Parameters]:

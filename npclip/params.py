@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import threads
 from .checkpoint import Checkpoint, Tensor, check_tensors
 from .config import Config, tensor_shapes
 from .errors import CheckpointError
@@ -40,10 +40,7 @@ def load_parameters(
             raise CheckpointError(f"tensor {name}: a variance is negative, {array.min()}")
         return array
 
-    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        flat = dict(zip(names, pool.map(load, names), strict=True))
+    flat = dict(zip(names, threads.map_weights(load, names), strict=True))
     params: Parameters = {k: flat.pop(k) for k in ("logit_scale",) if k in flat}
     visual = {k.removeprefix("visual."): v for k, v in flat.items() if k.startswith("visual.")}
     if "image" in towers:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import ceil
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import InputError
+
+T = TypeVar("T")
+U = TypeVar("U")
+MOST_LOADERS = 8  # threads that convert weights: each holds one in memory
 
 _chosen: int | None = None
 _listeners: list[Callable[[int], None]] = []
@@ -31,6 +36,14 @@ def set_num_threads(n: int) -> None:
 def on_change(listener: Callable[[int], None]) -> None:
     """Call listener with every number that set_num_threads is given."""
     _listeners.append(listener)
+
+
+def map_weights(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    """[function(item) for item in items], in some threads."""
+    from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
+
+    with ThreadPoolExecutor(min(MOST_LOADERS, get_num_threads())) as pool:
+        return list(pool.map(function, items))
 
 
 def available_cpus() -> int:
