@@ -1,6 +1,7 @@
 // attention: o = softmax(q k^T / sqrt(Dh)) v, per sequence and head       reference.py::attention
 //
-// qkv [N, 3, H, Dh] f32, read in place -> o [N, H, Dh]; sequence b is rows cu_seqlens[b] .. [b+1]
+// qkv [N, 3, H, Dh], read in place -> o [N, H, Dh]; sequence b is rows cu_seqlens[b] .. [b+1]. qkv and o
+// are f32; for avx512_bf16 and amx bf16, and so are the weights of the keys: sums stay f32.
 //
 //            T keys, in panels of NR     A task is one sequence and head. It packs k^T and v into
 //          +----+----+----+              panels as gemm.h's micro-kernel reads them, then takes MR
@@ -25,88 +26,137 @@
 #define ROW (MAX_KEYS + 16)  // from one row of scores to the next; not a multiple of 4 KB, see LDA
 
 typedef struct {
-    const float *q, *kv;  // kv: k, then v at width
-    float *o;
+    const Activation *q, *kv;  // kv: k, then v at width
+    Activation *o;
     const int32_t *cu_seqlens;
-    int64_t row, width, heads, head_width;  // row: floats from one token to the next in q and kv
+    int64_t row, width, heads, head_width;  // row: values from one token to the next in q and kv
     int causal;
 } Attention;
 
+// Packed for multiply, or multiply_pairs: where PAIR is 2, a float of these is a pair of bfloat16.
 typedef struct {
-    float keys[MAX_KEYS * MAX_HEAD_WIDTH];    // [T / NR][Dh][NR]
-    float values[MAX_KEYS * MAX_HEAD_WIDTH];  // [Dh / NR][T][NR]
+    float keys[MAX_KEYS * MAX_HEAD_WIDTH / PAIR];    // [T / NR][Dh / PAIR][NR]
+    float values[MAX_KEYS * MAX_HEAD_WIDTH / PAIR];  // [Dh / NR][T / PAIR][NR]
     float q[MR * ROW], scores[MR * ROW];
 } Memory;
 _Static_assert(sizeof(Memory) <= SCRATCH_BYTES, "MAX_KEYS is too large");
 
-// scores -> exp(scores - max) of n values; returns their sum. What follows them up to a whole vector
-// is overwritten.
-INLINE float exponentials(float *scores, int64_t n) {
+// scores -> exp(scores - max) of the first n, 0 up to `end`, as floats or in pairs; returns their sum.
+INLINE float exponentials(float *scores, int64_t n, int64_t end, int pair) {
     vf lowest = v_set1(-INFINITY), most = lowest, sum = v_zero();
     for (int64_t t = 0; t < n; t += LANES)
         most = v_max(most, v_select_n(v_load(scores + t), lowest, lanes_left(n - t)));
     most = v_set1(v_largest(most));
-    for (int64_t t = 0; t < n; t += LANES) {
-        vf e = v_exp(v_sub(v_load(scores + t), most));
-        e = v_first_n(e, lanes_left(n - t));
-        v_store(scores + t, e);
-        sum = v_add(sum, e);
+    for (int64_t t = 0; t < end; t += pair * LANES) {
+        vf e[2];
+        for (int p = 0; p < pair; p++) {
+            e[p] = v_exp(v_sub(v_load(scores + t + p * LANES), most));
+            e[p] = v_first_n(e[p], lanes_left(n - t - p * LANES));
+            sum = v_add(sum, e[p]);
+        }
+        if (pair == 1) v_store(scores + t, e[0]);
+#if PAIR == 2
+        else _mm512_storeu_si512(scores + t / 2, v_to_bf16_pairs(e[0], e[1]));
+#endif
     }
     return v_sum(sum);
 }
 
-static void pack_keys(const float *k, int64_t row, int64_t keys, int64_t d, float *packed) {
+// LANES floats, or pairs, of a row: the first n values.
+INLINE vf load_row(const Activation *p, int64_t n) {
+    n = n < 0 ? 0 : smaller(n, PAIR * LANES);
+#if PAIR == 2
+    return _mm512_castsi512_ps(v_load16_n(p, (int)n));
+#else
+    return v_load_n(p, (int)n);
+#endif
+}
+
+// A depth as packed matrices have it, in floats or pairs.
+INLINE int64_t padded(int64_t depth) { return round_up(depth, K_STEP) / PAIR; }
+
+static void pack_keys(const Activation *k, int64_t row, int64_t keys, int64_t d, float *packed) {
+    int64_t depth = padded(d);
     for (int64_t t = 0; t < ceil_div(keys, NR) * NR; t += LANES)
-        for (int64_t i = 0; i < d; i += LANES) {
+        for (int64_t i = 0; i < depth; i += LANES) {
             vf block[LANES];
             for (int64_t r = 0; r < LANES; r++)
-                block[r] = t + r < keys ? v_load_n(k + (t + r) * row + i, lanes_left(d - i)) : v_zero();
+                block[r] = t + r < keys ? load_row(k + (t + r) * row + i * PAIR, d - i * PAIR) : v_zero();
             v_transpose(block);
-            float *to = packed + t / NR * NR * d + i * NR + t % NR;
-            for (int64_t r = 0; r < smaller(d - i, LANES); r++) v_store(to + r * NR, block[r]);
+            float *to = packed + t / NR * NR * depth + i * NR + t % NR;
+            for (int64_t r = 0; r < smaller(depth - i, LANES); r++) v_store(to + r * NR, block[r]);
         }
 }
 
+#if PAIR == 2
+static void pack_values(const uint16_t *v, int64_t row, int64_t keys, int64_t d, float *packed) {
+    int64_t depth = padded(keys);
+    for (int64_t t = 0; t < depth; t++)
+        for (int64_t i = 0; i < d; i += NR) {
+            int n = (int)smaller(d - i, NR);
+            const uint16_t *a = v + 2 * t * row + i, *b = a + row;
+            __m512i even = v_load16_n(a, 2 * t < keys ? n : 0);
+            __m512i odd = v_load16_n(b, 2 * t + 1 < keys ? n : 0);
+            float *to = packed + (i / NR * depth + t) * NR;
+            _mm512_storeu_si512(to, v_interleave16(even, odd, 0));
+            _mm512_storeu_si512(to + LANES, v_interleave16(even, odd, 1));
+        }
+}
+#else
 static void pack_values(const float *v, int64_t row, int64_t keys, int64_t d, float *packed) {
     for (int64_t t = 0; t < keys; t++)
-        for (int64_t i = 0; i < d; i += LANES)
+        for (int64_t i = 0; i < round_up(d, NR); i += LANES)
             v_store(packed + (i / NR * keys + t) * NR + i % NR,
                     v_load_n(v + t * row + i, lanes_left(d - i)));
-    if (d % NR && d % NR <= LANES)  // the last panel's second vector
-        for (int64_t t = 0; t < keys; t++)
-            v_store(packed + (d / NR * keys + t) * NR + LANES, v_zero());
+}
+#endif
+
+static void pack_q(const Activation *q, int64_t row, int64_t rows, int64_t d, float *packed) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < padded(d); j += LANES)
+            v_store(packed + i * ROW + j, load_row(q + i * row + j * PAIR, d - j * PAIR));
+}
+
+// acc [mr][NV] = a w, depth in floats or pairs
+INLINE void product(int mr, int64_t depth, const float *a, const float *w, vf acc[MR][NV]) {
+#if PAIR == 2
+    multiply_pairs(mr, depth, a, ROW, (const uint16_t *)w, acc);
+#else
+    multiply(mr, F32, depth, a, ROW, w, acc);
+#endif
 }
 
 // The next head's rows lie behind this one's, stretches too short for the hardware to foresee.
-static void prefetch_next_head(const float *q, int64_t row, int64_t width, int64_t keys, int64_t d) {
+static void prefetch_next_head(const Activation *q, int64_t row, int64_t width, int64_t keys, int64_t d) {
     for (int64_t t = 0; t < keys; t++)
         for (int64_t part = 0; part < 3; part++)
-            for (int64_t i = d; i < 2 * d; i += 16)
+            for (int64_t i = d; i < 2 * d; i += 64 / (int64_t)sizeof *q)
                 __builtin_prefetch(q + t * row + part * width + i);
 }
 
-INLINE void attend(int mr, const Attention *a, int64_t row, int64_t keys, float *o, Memory *m) {
+INLINE void attend(int mr, const Attention *a, int64_t row, int64_t keys, Activation *o, Memory *m) {
     vf acc[MR][NV];
     int64_t d = a->head_width, seen = a->causal ? row + mr : keys;
-    float scale = 1.0f / sqrtf((float)d);
+    vf scale = v_set1(1.0f / sqrtf((float)d));
     for (int64_t key = 0; key < seen; key += NR) {
-        multiply(mr, F32, d, m->q, ROW, m->keys + key * d, acc);
+        product(mr, padded(d), m->q, m->keys + key * padded(d), acc);
         for (int i = 0; i < mr; i++)
             for (int v = 0; v < NV; v++)
-                v_store(m->scores + i * ROW + key + v * LANES, v_mul(acc[i][v], v_set1(scale)));
+                v_store(m->scores + i * ROW + key + v * LANES, v_mul(acc[i][v], scale));
     }
     float scales[MR];
     for (int i = 0; i < mr; i++) {
         int64_t n = a->causal ? row + i + 1 : keys;
-        scales[i] = 1.0f / exponentials(m->scores + i * ROW, n);
-        for (int64_t t = n; t < seen; t++) m->scores[i * ROW + t] = 0;
+        scales[i] = 1.0f / exponentials(m->scores + i * ROW, n, round_up(seen, K_STEP), PAIR);
     }
     for (int64_t c = 0; c < d; c += NR) {
-        multiply(mr, F32, seen, m->scores, ROW, m->values + c * keys, acc);
+        product(mr, padded(seen), m->scores, m->values + c * padded(keys), acc);
         for (int i = 0; i < mr; i++)
-            for (int v = 0; v < NV; v++)
-                v_store_n(o + i * a->width + c + v * LANES, v_mul(acc[i][v], v_set1(scales[i])),
-                          lanes_left(d - c - v * LANES));
+            for (int v = 0; v < NV; v++) {
+                int64_t column = c + v * LANES;
+                store_n(ACTIVATIONS, o, i * a->width + column, v_mul(acc[i][v], v_set1(scales[i])),
+                        lanes_left(d - column));
+            }
     }
 }
 
@@ -115,26 +165,36 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
     Memory *m = (Memory *)scratch->memory;
     int64_t head = task % a->heads, first = a->cu_seqlens[task / a->heads];
     int64_t keys = a->cu_seqlens[task / a->heads + 1] - first, d = a->head_width;
-    const float *q = a->q + first * a->row + head * d, *kv = a->kv + first * a->row + head * d;
-    float *o = a->o + first * a->width + head * d;
+    const Activation *q = a->q + first * a->row + head * d, *kv = a->kv + first * a->row + head * d;
+    Activation *o = a->o + first * a->width + head * d;
     pack_keys(kv, a->row, keys, d, m->keys);
     pack_values(kv + a->width, a->row, keys, d, m->values);
     if (head + 1 < a->heads) prefetch_next_head(q, a->row, a->width, keys, d);
+#ifdef NPCLIP_AMX
+    tiles_begin();
+#endif
     int64_t tiles = ceil_div(keys, MR);
     for (int64_t i = 0; i < tiles; i++) {
         int64_t row = tile_start(keys, tiles, i);
         int mr = (int)(tile_start(keys, tiles, i + 1) - row);
-        for (int r = 0; r < mr; r++)
-            memcpy(m->q + r * ROW, q + (row + r) * a->row, d * sizeof(float));
+        pack_q(q + row * a->row, a->row, mr, d, m->q);
+#ifdef NPCLIP_AMX
+        attend(mr, a, row, keys, o + row * a->width, m);
+#else
 #define CASE(height) \
     case height: attend(height, a, row, keys, o + row * a->width, m); break;
         switch (mr) { EACH_HEIGHT(CASE) }
 #undef CASE
+#endif
     }
+#ifdef NPCLIP_AMX
+    tiles_end();
+#endif
 }
 
-EXPORT void SYMBOL(attention_f32)(const float *qkv, const int32_t *cu_seqlens, float *o, int64_t batch,
-                                  int64_t heads, int64_t head_width, int causal) {
+EXPORT void ACTIVATION_SYMBOL(attention)(const Activation *qkv, const int32_t *cu_seqlens,
+                                         Activation *o, int64_t batch, int64_t heads,
+                                         int64_t head_width, int causal) {
     int64_t width = heads * head_width;
     Attention a = {.q = qkv, .kv = qkv + width, .o = o, .cu_seqlens = cu_seqlens, .row = 3 * width,
                    .width = width, .heads = heads, .head_width = head_width, .causal = causal};
@@ -145,32 +205,34 @@ EXPORT void SYMBOL(attention_f32)(const float *qkv, const int32_t *cu_seqlens, f
 // once, so they stay where they are: a dot product per key, then a sum over the keys.
 static void run_pool(const void *arguments, int64_t task, Scratch *scratch) {
     const Attention *a = arguments;
-    Memory *m = (Memory *)scratch->memory;
+    float *scores = (float *)scratch->memory;
     int64_t sequence = task / a->heads, head = task % a->heads, d = a->head_width;
     int64_t first = a->cu_seqlens[sequence], keys = a->cu_seqlens[sequence + 1] - first;
-    const float *q = a->q + sequence * a->width + head * d;
-    const float *k = a->kv + first * a->row + head * d, *v = k + a->width;
-    float *o = a->o + sequence * a->width + head * d, scale = 1.0f / sqrtf((float)d);
+    const Activation *q = a->q + sequence * a->width + head * d;
+    const Activation *k = a->kv + first * a->row + head * d, *v = k + a->width;
+    Activation *o = a->o + sequence * a->width + head * d;
+    float scale = 1.0f / sqrtf((float)d);
     for (int64_t t = 0; t < keys; t++) {
         vf sum = v_zero();
         for (int64_t i = 0; i < d; i += LANES) {
             int n = lanes_left(d - i);
-            sum = v_fma(v_load_n(q + i, n), v_load_n(k + t * a->row + i, n), sum);
+            sum = v_fma(load_n(ACTIVATIONS, q, i, n), load_n(ACTIVATIONS, k, t * a->row + i, n), sum);
         }
-        m->scores[t] = v_sum(sum) * scale;
+        scores[t] = v_sum(sum) * scale;
     }
-    float scale_v = 1.0f / exponentials(m->scores, keys);
+    vf normalizer = v_set1(1.0f / exponentials(scores, keys, keys, 1));
     for (int64_t i = 0; i < d; i += LANES) {
         int n = lanes_left(d - i);
         vf sum = v_zero();
         for (int64_t t = 0; t < keys; t++)
-            sum = v_fma(v_set1(m->scores[t]), v_load_n(v + t * a->row + i, n), sum);
-        v_store_n(o + i, v_mul(sum, v_set1(scale_v)), n);
+            sum = v_fma(v_set1(scores[t]), load_n(ACTIVATIONS, v, t * a->row + i, n), sum);
+        store_n(ACTIVATIONS, o, i, v_mul(sum, normalizer), n);
     }
 }
 
-EXPORT void SYMBOL(attention_pool_f32)(const float *q, const float *kv, const int32_t *cu_seqlens,
-                                       float *o, int64_t batch, int64_t heads, int64_t head_width) {
+EXPORT void ACTIVATION_SYMBOL(attention_pool)(const Activation *q, const Activation *kv,
+                                              const int32_t *cu_seqlens, Activation *o, int64_t batch,
+                                              int64_t heads, int64_t head_width) {
     int64_t width = heads * head_width;
     Attention a = {.q = q, .kv = kv, .o = o, .cu_seqlens = cu_seqlens, .row = 2 * width,
                    .width = width, .heads = heads, .head_width = head_width};

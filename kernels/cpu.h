@@ -6,7 +6,7 @@
 
 // Working memory of one thread, for the tasks of one kernel after another. Kernels choose their
 // block sizes so that it is enough: they allocate nothing, and so cannot fail.
-#define SCRATCH_BYTES (2 << 20)
+#define SCRATCH_BYTES (5 << 19)
 
 typedef struct {
     unsigned char *memory;  // SCRATCH_BYTES, 64-byte aligned

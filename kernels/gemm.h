@@ -33,7 +33,18 @@
 #endif
 
 enum { NONE, QUICK_GELU, GELU, RELU };  // activation, by its number in npclip/cpu.py
-enum { F32, F16, BF16 };                // how weights are stored
+enum { F32, F16, BF16 };                // how values are stored, by its number in npclip/cpu.py
+
+// How activations are stored between ops, in this copy of a kernel; ACTIVATION_SYMBOL names it.
+#if PAIR == 2
+#define ACTIVATIONS BF16
+typedef uint16_t Activation;
+#define ACTIVATION_SYMBOL(op) SYMBOL(op##_bf16)
+#else
+#define ACTIVATIONS F32
+typedef float Activation;
+#define ACTIVATION_SYMBOL(op) SYMBOL(op##_f32)
+#endif
 
 typedef struct Gemm Gemm;
 
@@ -42,13 +53,15 @@ struct Gemm {
     const void *weight;      // packed: [m / NR][k][NR], the last panel filled up with zeros
     int format;              // of weight
     const float *bias;       // [m] or NULL
-    const float *residual;   // [n, m] or NULL
+    const void *residual;    // [n, m] or NULL, stored as y is
     int activation;
     int residual_first;      // act(... + residual) instead of act(...) + residual
-    float *y;
-    // Copies rows row .. row+rows-1 of x, columns k .. k+depth-1, to a, in rows of LDA.
-    void (*pack_a)(const Gemm *g, int64_t row, int64_t rows, int64_t k, int64_t depth, float *a);
     const void *x;
+    void *y;
+    int x_format, y_format;  // F32, or BF16 where PAIR is 2
+    // Copies rows row .. row+rows-1 of x, columns k .. k+depth-1, as they are stored, to a, whose rows
+    // begin LDA floats apart.
+    void (*pack_a)(const Gemm *g, int64_t row, int64_t rows, int64_t k, int64_t depth, void *a);
     int64_t height, width, channels, kernel, stride;  // of conv2d's x
 };
 
@@ -59,6 +72,27 @@ INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int lanes_left(int64_t n) { return n < 0 ? 0 : n < LANES ? (int)n : LANES; }
+
+INLINE int64_t size_of(int format) { return format == F32 ? 4 : 2; }
+
+// The first n of LANES values of y or a residual.
+INLINE vf load_n(int format, const void *p, int64_t i, int n) {
+#ifdef __AVX512BF16__
+    if (format == BF16) return v_from_bf16_n((const uint16_t *)p + i, n);
+#endif
+    (void)format;
+    return v_load_n((const float *)p + i, n);
+}
+INLINE void store_n(int format, void *p, int64_t i, vf x, int n) {
+#ifdef __AVX512BF16__
+    if (format == BF16) {
+        v_to_bf16_n((uint16_t *)p + i, x, n);
+        return;
+    }
+#endif
+    (void)format;
+    v_store_n((float *)p + i, x, n);
+}
 
 INLINE vf load_weight(int format, const void *w, int64_t i) {
     if (format == F32) return v_load((const float *)w + i);
@@ -73,7 +107,7 @@ INLINE void multiply(int mr, int format, int64_t depth, const float *a, int lda,
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) acc[i][v] = v_zero();
     for (int64_t k = 0; k < depth; k++) {
-        const char *ahead = (const char *)w + (k + AHEAD) * NR * (format == F32 ? 4 : 2);
+        const char *ahead = (const char *)w + (k + AHEAD) * NR * size_of(format);
         __builtin_prefetch(ahead);
         if (format == F32 && LANES == 16) __builtin_prefetch(ahead + 64);
         vf b0 = load_weight(format, w, k * NR), b1 = load_weight(format, w, k * NR + LANES);

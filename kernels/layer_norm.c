@@ -1,7 +1,9 @@
 // layer_norm: y = (x - mean) / sqrt(var + eps) weight + bias              reference.py::layer_norm
 // add_layer_norm: x + h, and its LayerNorm
+// embed_patches: the class token before the patches of each image, plus positions, and their LayerNorm
 //
-// x, h, y [N, D] f32, row-major; weight, bias [D]
+// x, sum [N, D] f32, row-major; h, y [N, D] f32, or bf16 for avx512_bf16 and amx; weight, bias [D]. x is
+// the residual stream, which stays f32: only what is multiplied next is rounded.
 //
 //         D            A task is ROWS rows. Each is read three times (mean, variance, result), the
 //      +------+        second and third time from L1.
@@ -18,8 +20,10 @@
 #define CHAINS 4
 
 typedef struct {
-    const float *x, *h, *weight, *bias;
-    float *sum, *y;
+    const float *x, *weight, *bias;
+    const Activation *h;
+    float *sum;
+    Activation *y;
     int64_t n, d;
     float eps;
 } LayerNorm;
@@ -43,14 +47,14 @@ INLINE float sum(const float *x, int64_t d, vf center, int square) {
     return v_sum(v_add(v_add(sums[0], sums[1]), v_add(sums[2], sums[3])));
 }
 
-static void normalize(const LayerNorm *p, const float *x, float *y) {
-    int64_t d = p->d;
+INLINE void normalize(const float *x, const float *weight, const float *bias, int64_t d, float eps,
+                      int format, void *y) {
     vf mean = v_set1(sum(x, d, v_zero(), 0) / (float)d);
-    vf scale = v_set1(1.0f / sqrtf(sum(x, d, mean, 1) / (float)d + p->eps));
+    vf scale = v_set1(1.0f / sqrtf(sum(x, d, mean, 1) / (float)d + eps));
     for (int64_t i = 0; i < d; i += LANES) {
         int n = lanes_left(d - i);
         vf c = v_mul(v_sub(v_load_n(x + i, n), mean), scale);
-        v_store_n(y + i, v_fma(c, v_load_n(p->weight + i, n), v_load_n(p->bias + i, n)), n);
+        store_n(format, y, i, v_fma(c, v_load_n(weight + i, n), v_load_n(bias + i, n)), n);
     }
 }
 
@@ -64,25 +68,59 @@ static void run(const void *arguments, int64_t task, Scratch *scratch) {
             float *sum = p->sum + row * p->d;
             for (int64_t i = 0; i < p->d; i += LANES) {
                 int n = lanes_left(p->d - i);
-                vf h = v_load_n(p->h + row * p->d + i, n);
+                vf h = load_n(ACTIVATIONS, p->h, row * p->d + i, n);
                 v_store_n(sum + i, v_add(v_load_n(x + i, n), h), n);
             }
             x = sum;
         }
-        normalize(p, x, p->y + row * p->d);
+        normalize(x, p->weight, p->bias, p->d, p->eps, ACTIVATIONS, p->y + row * p->d);
     }
 }
 
-EXPORT void SYMBOL(layer_norm_f32)(const float *x, const float *weight, const float *bias, float *y,
-                                   int64_t n, int64_t d, float eps) {
+EXPORT void ACTIVATION_SYMBOL(layer_norm)(const float *x, const float *weight, const float *bias,
+                                          Activation *y, int64_t n, int64_t d, float eps) {
     LayerNorm p = {.x = x, .weight = weight, .bias = bias, .y = y, .n = n, .d = d, .eps = eps};
     parallel_for(run, &p, ceil_div(n, ROWS));
 }
 
-EXPORT void SYMBOL(add_layer_norm_f32)(const float *x, const float *h, const float *weight,
-                                       const float *bias, float *sum, float *y, int64_t n, int64_t d,
-                                       float eps) {
+EXPORT void ACTIVATION_SYMBOL(add_layer_norm)(const float *x, const Activation *h, const float *weight,
+                                              const float *bias, float *sum, Activation *y, int64_t n,
+                                              int64_t d, float eps) {
     LayerNorm p = {.x = x, .h = h, .weight = weight, .bias = bias, .sum = sum, .y = y, .n = n,
                    .d = d, .eps = eps};
     parallel_for(run, &p, ceil_div(n, ROWS));
+}
+
+typedef struct {
+    const Activation *patches;
+    const float *class_embedding, *positional_embedding, *weight, *bias;
+    float *x;
+    int64_t tokens, width;
+    float eps;
+} EmbedPatches;
+
+static void run_embed(const void *arguments, int64_t image, Scratch *scratch) {
+    (void)scratch;
+    const EmbedPatches *a = arguments;
+    const Activation *patches = a->patches + image * (a->tokens - 1) * a->width;
+    for (int64_t t = 0; t < a->tokens; t++) {
+        float *x = a->x + (image * a->tokens + t) * a->width;
+        for (int64_t i = 0; i < a->width; i += LANES) {
+            int n = lanes_left(a->width - i);
+            vf token = t ? load_n(ACTIVATIONS, patches, (t - 1) * a->width + i, n)
+                         : v_load_n(a->class_embedding + i, n);
+            vf position = v_load_n(a->positional_embedding + t * a->width + i, n);
+            v_store_n(x + i, v_add(token, position), n);
+        }
+        normalize(x, a->weight, a->bias, a->width, a->eps, F32, x);
+    }
+}
+
+EXPORT void ACTIVATION_SYMBOL(embed_patches)(const Activation *patches, const float *class_embedding,
+                                             const float *positional_embedding, const float *weight,
+                                             const float *bias, float *x, int64_t batch,
+                                             int64_t tokens, int64_t width, float eps) {
+    EmbedPatches a = {patches, class_embedding, positional_embedding, weight, bias, x, tokens, width,
+                      eps};
+    parallel_for(run_embed, &a, batch);
 }

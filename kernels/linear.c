@@ -2,8 +2,8 @@
 //
 // x [N, K] f32, row-major; w [M, K] in panels of NR rows, [M / NR][K][NR], filled up with zeros;
 // y [N, M] f32. linear_f16 and linear_bf16 store w in 16 bits and compute in f32, so that a checkpoint
-// which stores float16 gives the same bits in half the memory; linear_bf16_avx512_bf16
-// and linear_bf16_amx round x to bfloat16 too and multiply pairs.
+// which stores float16 gives the same bits in half the memory. linear_bf16_avx512_bf16 and
+// linear_bf16_amx multiply pairs of bfloat16: x is stored so or rounded to it, y is stored as asked for.
 //
 //      K                  NR        The panels lie one after another, so the micro-kernel of gemm.c
 //    +----+   pack    +---------+   reads w forward from its first byte to its last.
@@ -17,18 +17,20 @@
 
 #include "gemm.h"
 
-static void pack_a(const Gemm *g, int64_t row, int64_t rows, int64_t k, int64_t depth, float *a) {
-    const float *x = (const float *)g->x + row * g->k + k;
-    for (int64_t i = 0; i < rows; i++) memcpy(a + i * LDA, x + i * g->k, depth * sizeof(float));
+static void pack_a(const Gemm *g, int64_t row, int64_t rows, int64_t k, int64_t depth, void *a) {
+    int64_t size = size_of(g->x_format);
+    const char *x = (const char *)g->x + (row * g->k + k) * size;
+    for (int64_t i = 0; i < rows; i++)
+        memcpy((float *)a + i * LDA, x + i * g->k * size, depth * size);
 }
 
 #define LINEAR(name, stored, type)                                                             \
-    EXPORT void SYMBOL(name)(const float *x, const type *w, const float *bias,                  \
-                             const float *residual, float *y, int64_t n, int64_t k, int64_t m, \
-                             int activation) {                                                 \
+    EXPORT void SYMBOL(name)(const void *x, const type *w, const float *bias,                   \
+                             const void *residual, void *y, int64_t n, int64_t k, int64_t m,    \
+                             int activation, int x_format, int y_format) {                     \
         SYMBOL(gemm)((Gemm){.n = n, .k = k, .m = m, .weight = w, .format = stored, .bias = bias, \
                             .residual = residual, .activation = activation, .y = y, .x = x,     \
-                            .pack_a = pack_a});                                                \
+                            .pack_a = pack_a, .x_format = x_format, .y_format = y_format});     \
     }
 
 // The panels of w, of `size` bytes an element.

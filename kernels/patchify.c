@@ -1,5 +1,4 @@
 // patchify: each P x P patch of the images as one row                     reference.py::patchify
-// embed_patches: the class token before the patches of each image, plus positions
 //
 // images [B, C, R, R] f32 -> rows [B G G, C P P], G = R / P, so that the patch convolution is a linear
 //
@@ -39,29 +38,4 @@ EXPORT void SYMBOL(patchify_f32)(const float *images, float *rows, int64_t batch
                                  int64_t height, int64_t width, int64_t patch) {
     Patchify a = {images, rows, channels, height, width, patch};
     parallel_for(run_patchify, &a, batch * (height / patch));
-}
-
-typedef struct {
-    const float *patches, *class_embedding, *positional_embedding;
-    float *x;
-    int64_t tokens, width;
-} EmbedPatches;
-
-static void run_embed(const void *arguments, int64_t image, Scratch *scratch) {
-    (void)scratch;
-    const EmbedPatches *a = arguments;
-    const float *patches = a->patches + image * (a->tokens - 1) * a->width;
-    float *x = a->x + image * a->tokens * a->width;
-    for (int64_t t = 0; t < a->tokens; t++) {
-        const float *token = t ? patches + (t - 1) * a->width : a->class_embedding;
-        for (int64_t i = 0; i < a->width; i++)
-            x[t * a->width + i] = token[i] + a->positional_embedding[t * a->width + i];
-    }
-}
-
-EXPORT void SYMBOL(embed_patches_f32)(const float *patches, const float *class_embedding,
-                                      const float *positional_embedding, float *x, int64_t batch,
-                                      int64_t tokens, int64_t width) {
-    EmbedPatches a = {patches, class_embedding, positional_embedding, x, tokens, width};
-    parallel_for(run_embed, &a, batch);
 }

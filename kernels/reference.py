@@ -139,14 +139,17 @@ def patchify(images, patch):  # [B, C, R, R] -> [B G G, C P P]
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch * patch)
 
 
-def embed_patches(patches, class_embedding, positional_embedding):  # [B G G, D] -> [B T, D]
-    """The class token before the patches of each image (T = G G + 1), plus positions."""
+def embed_patches(patches, class_embedding, positional_embedding, weight, bias, eps=1e-5):
+    """layer_norm of the class token before the patches of each image (T = G G + 1), plus positions.
+
+    patches [B G G, D], class_embedding, weight, bias [D], positional_embedding [T, D] -> [B T, D]
+    """
     tokens, width = positional_embedding.shape
     x = np.empty((len(patches) // (tokens - 1), tokens, width), patches.dtype)
     x[:, 0] = class_embedding
     x[:, 1:] = patches.reshape(-1, tokens - 1, width)
     x += positional_embedding
-    return x.reshape(-1, width)
+    return layer_norm(x.reshape(-1, width), weight, bias, eps)
 
 
 def embed_tokens(ids, positions, token_embedding, positional_embedding):  # [N], [N] -> [N, D]
@@ -176,6 +179,11 @@ def avg_pool2d(x, k):  # [B, H, W, C] -> [B, H / k, W / k, C]
     """The mean of each k x k cell."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // k, k, width // k, k, channels).mean((2, 4))
+
+
+def to_float(x):
+    """x: here everything is a floating-point number already."""
+    return x
 
 
 def l2_normalize(x):

@@ -157,6 +157,49 @@ INLINE vf v_load_n(const float *p, int n) {
 INLINE void v_store_n(float *p, vf x, int n) { memcpy(p, &x, n * sizeof *p); }
 #endif
 
+#ifdef __AVX512BF16__
+
+// Values of bfloat16: v_from_bf16_n and v_to_bf16_n widen and round LANES of them, the rest move 2 LANES.
+#ifndef NPCLIP_SANITIZE
+INLINE __m512i v_load16_n(const uint16_t *p, int n) {
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+INLINE vf v_from_bf16_n(const uint16_t *p, int n) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(v_mask(n), p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE void v_to_bf16_n(uint16_t *p, vf x, int n) {
+    __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+    if (n == LANES) _mm256_storeu_si256((__m256i *)p, bits);
+    else _mm256_mask_storeu_epi16(p, v_mask(n), bits);
+}
+#else
+INLINE __m512i v_load16_n(const uint16_t *p, int n) {
+    __m512i x = _mm512_setzero_si512();
+    memcpy(&x, p, n * sizeof *p);
+    return x;
+}
+INLINE vf v_from_bf16_n(const uint16_t *p, int n) {
+    uint16_t bits[LANES] = {0};
+    memcpy(bits, p, n * sizeof *p);
+    return v_from_bf16(bits);
+}
+INLINE void v_to_bf16_n(uint16_t *p, vf x, int n) {
+    __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+    memcpy(p, &bits, n * sizeof *p);
+}
+#endif
+INLINE __m512i v_to_bf16_pairs(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+INLINE __m512i v_interleave16(__m512i a, __m512i b, int high) {  // a0 b0 a1 b1 ... of the low or high half
+    __m512i to = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009,
+                                  0x280008, 0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002,
+                                  0x210001, 0x200000);
+    if (high) to = _mm512_add_epi16(to, _mm512_set1_epi16(16));
+    return _mm512_permutex2var_epi16(a, to, b);
+}
+
+#endif
+
 // rows[i][j] -> rows[j][i]: 4 x 4 blocks are transposed within each 128 bits, then put in order.
 INLINE void v_transpose(vf rows[LANES]) {
     vf t[LANES];

@@ -22,8 +22,9 @@ def encode_image_vit(images: Array, p: Parameters, config: Config) -> Array:
     """The Vision Transformer; an image is its class token and G x G patches."""
     x = ops.patchify(images, config.vision_patch_size)  # [B G G, 3 P P]
     x = ops.linear(x, **p["conv1"])  # [B G G, D]
-    x = ops.embed_patches(x, p["class_embedding"], p["positional_embedding"])  # [N, D]
-    x = ops.layer_norm(x, **p["ln_pre"])
+    x = ops.embed_patches(
+        x, p["class_embedding"], p["positional_embedding"], **p["ln_pre"]
+    )  # [N, D]
     seqs = ops.equal_seqlens(len(images), config.grid**2 + 1)
     x = transformer(x, p, seqs, seqs[:-1], config.vision_heads, False, config.activation)  # [B, D]
     x = ops.layer_norm(x, **p["ln_post"])

@@ -1,5 +1,8 @@
 """The op vocabulary of the models: every call is checked here, then handed to a backend.
 
+What an op returns is for the next op: how it is stored is the backend's affair (bfloat16 is uint16
+bit patterns on the CPU); the residual stream and embeddings are float32.
+
 A backend is a module with the functions of kernels/reference.py under the same names and
 signatures. Kernels may then assume that what reaches them is right. Axis letters are those of
 kernels/README.md.
@@ -28,9 +31,9 @@ CPU_DTYPES = DTYPES[:3]
 @functools.cache
 def _backend() -> ModuleType:
     """The C kernels; the NumPy reference where there are none."""
-    from . import cpu
+    from . import cpu, cpu_library
 
-    return reference if cpu.why_unavailable() else cpu
+    return reference if cpu_library.why_unavailable() else cpu
 
 
 def resolve(device: str | None = None, dtype: str | None = None) -> tuple[str, str]:
@@ -54,29 +57,42 @@ def keeps_float16() -> bool:
     return _backend() is not reference
 
 
+CACHE_VALUES = 6_500_000  # 13 MB in bfloat16; RN50's feature maps of 8 images
+# Layers whose result is float32 in every dtype: embeddings and the residual stream.
+FLOAT32_LAYERS = ("proj", "text_projection", "ln_pre", "c_proj")
+
+
 def prepare(params: Parameters, dtype: str, release: Callable[[], None]) -> None:
-    """Put every weight that linear and conv2d take into the backend's layout, in place.
+    """Put the weight of every layer into the backend's layout, in place.
 
     dtype: of the weights and what they are multiplied with, see load(). release is called after
     each weight: what it was made from is not needed any more.
     """
     from . import cpu, weights
 
-    convert = cpu.pack if _backend() is cpu else weights.round_to
+    use_kernels = _backend() is cpu
 
-    def convert_one(layer: Parameters) -> None:
-        layer["weight"] = convert(layer["weight"], dtype)
+    def convert(name: str, layer: Parameters) -> None:
+        if use_kernels:
+            result = "float32" if name in FLOAT32_LAYERS else dtype
+            layer["weight"] = cpu.pack(layer["weight"], dtype, result)
+        elif layer["weight"].ndim >= 2:
+            layer["weight"] = weights.round_to(layer["weight"], dtype)
         release()
 
-    threads.map_weights(convert_one, _layers_with_weights(params))
+    threads.map_weights(lambda layer: convert(*layer), _layers(params))
 
 
-def _layers_with_weights(node: Any) -> Iterator[Parameters]:
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    if isinstance(node, dict) and getattr(node.get("weight"), "ndim", 0) >= 2:
-        yield node
-    for child in children:
-        yield from _layers_with_weights(child)
+def _layers(node: Any, name: str = "") -> Iterator[tuple[str, Parameters]]:
+    """Every dict with a weight, and its key."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _layers(child)
+    if isinstance(node, dict):
+        if hasattr(node.get("weight"), "ndim"):
+            yield name, node
+        for key, child in node.items():
+            yield from _layers(child, key)
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -149,15 +165,16 @@ def patchify(images: Array, patch: int) -> Array:  # [B, C, R, R] -> [B G G, C P
 
 
 def embed_patches(
-    patches: Array, class_embedding: Array, positional_embedding: Array
+    patches: Array, class_embedding: Array, positional_embedding: Array, weight: Array, bias: Array
 ) -> Array:  # [B G G, D] -> [B T, D]
-    """The class token before the patches of each image (T = G G + 1), plus positions."""
+    """layer_norm of each image's class token and patches (T = G G + 1), plus their positions"""
     tokens, width = positional_embedding.shape
     if patches.shape[1:] != (width,) or len(patches) % (tokens - 1):
         raise _mismatch("embed_patches", patches=patches, positional_embedding=positional_embedding)
-    if class_embedding.shape != (width,):
-        raise _mismatch("embed_patches", patches=patches, class_embedding=class_embedding)
-    return _backend().embed_patches(patches, class_embedding, positional_embedding)
+    for name, vector in (("class_embedding", class_embedding), ("weight", weight), ("bias", bias)):
+        if vector.shape != (width,):
+            raise _mismatch("embed_patches", patches=patches, **{name: vector})
+    return _backend().embed_patches(patches, class_embedding, positional_embedding, weight, bias)
 
 
 def embed_tokens(
@@ -213,6 +230,12 @@ def softmax(x: Array) -> Array:
     return _backend().softmax(x)
 
 
+def in_batches(function: Callable[[Array], Array], x: Array, values: int) -> Array:
+    """function of x, as many rows at a time as fit the last cache; values: of a row, inside it."""
+    rows = max(1, CACHE_VALUES // values)
+    return np.concatenate([function(x[i : i + rows]) for i in range(0, max(1, len(x)), rows)])
+
+
 def equal_seqlens(batch: int, length: int) -> Array:  # int32 [B + 1]
     """cu_seqlens of a batch whose sequences are all of one length."""
     return np.arange(batch + 1, dtype=np.int32) * np.int32(length)
@@ -223,6 +246,11 @@ def pack_tokens(ids: Array) -> tuple[Array, Array, Array]:  # [B, L] -> [N], [N]
     lengths = ids.argmax(-1) + 1  # [B]
     row, position = np.nonzero(np.arange(ids.shape[1]) < lengths[:, None])
     return ids[row, position], position, np.append(0, lengths.cumsum()).astype(np.int32)
+
+
+def to_float(x: Array) -> Array:
+    """x as the backend's floating-point numbers, where it stores activations in another way."""
+    return _backend().to_float(x)
 
 
 def take(x: Array, rows: Array) -> Array:  # [N, D], [B] -> [B, D]

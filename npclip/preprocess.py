@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from . import cpu, pil_pixels
+from . import cpu, cpu_library, pil_pixels
 from .errors import ImageError, InputError, InputTypeError
 from .kernels import reference_resize
 
@@ -190,7 +190,7 @@ def _with_whole_rows(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @functools.cache
 def _has_kernels() -> bool:
-    return cpu.why_unavailable() is None
+    return cpu_library.why_unavailable() is None
 
 
 @functools.lru_cache

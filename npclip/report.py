@@ -13,14 +13,14 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print the backend, ISA, threads and versions in use; mode="dicts" returns them instead."""
     import numpy as np
 
-    from . import __version__, cpu, threads
+    from . import __version__, threads
 
     config = {
         "npclip": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "cpu backend": _cpu_backend(cpu),
+        "cpu backend": _cpu_backend(),
         "threads": threads.get_num_threads(),
         "blas": _blas(np),
         "cuda backend": "none: not part of this version",
@@ -34,12 +34,14 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     return None
 
 
-def _cpu_backend(cpu: Any) -> str:
-    if reason := cpu.why_unavailable():
+def _cpu_backend() -> str:
+    from . import cpu_library
+
+    if reason := cpu_library.why_unavailable():
         return f"NumPy (kernels/reference.py): {reason}"
-    best, machine = cpu.isas()[0], cpu.machine_isas()[0]
+    best, machine = cpu_library.isas()[0], cpu_library.machine_isas()[0]
     capped = f", capped by NPCLIP_ISA from {machine}" if best != machine else ""
-    return f"C kernels, {best}{capped}: {cpu.library_path()}"
+    return f"C kernels, {best}{capped}: {cpu_library.library_path()}"
 
 
 def _blas(np: Any) -> str:

@@ -14,7 +14,16 @@ from .ops import Array, Parameters
 
 def encode_image_resnet(images: Array, p: Parameters, config: Config) -> Array:
     """[B, 3, R, R] -> [B, E]"""
-    x = images.transpose(0, 2, 3, 1)  # [B, R, R, 3]
+    largest = (
+        config.image_resolution // 2
+    ) ** 2 * config.vision_width  # of an image's feature maps
+    return ops.in_batches(lambda some: encode_batch(some, p, config), images, largest)
+
+
+def encode_batch(images: Array, p: Parameters, config: Config) -> Array:
+    """[B, 3, R, R] -> [B, E]"""
+    batch, channels, side, _ = images.shape
+    x = ops.patchify(images, 1).reshape(batch, side, side, channels)  # [B, R, R, 3]
     x = ops.conv2d(x, **p["conv1"], stride=2, activation="relu")  # [B, R/2, R/2, D/2]
     x = ops.conv2d(x, **p["conv2"], activation="relu")
     x = ops.conv2d(x, **p["conv3"], activation="relu")  # [B, R/2, R/2, D]
@@ -39,7 +48,7 @@ def bottleneck(x: Array, p: Parameters, stride: int) -> Array:  # [B, H, W, C] -
 def attention_pool2d(x: Array, p: Parameters, heads: int) -> Array:  # [B, G, G, D] -> [B, E]
     """Multi-head attention whose one query is the mean of the feature map."""
     batch, width = x.shape[0], x.shape[-1]
-    x = x.reshape(batch, -1, width)
+    x = ops.to_float(x).reshape(batch, -1, width)
     mean = x.mean(1)  # [B, D]
     position = p["positional_embedding"]  # [G G + 1, D], the mean's first
     x = ops.concatenate([mean[:, None], x]) + position  # [B, T, D]

@@ -13,12 +13,13 @@ from .errors import CheckpointError
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the layout of the linear or conv2d kernel of one ISA (kernels/linear.c)."""
+    """A weight in the layout of a kernel of one ISA (kernels/linear.c; a LayerNorm's as it is)."""
 
-    shape: tuple[int, ...]  # of the weight: [M, K], or [O, k, k, C]
+    shape: tuple[int, ...]  # of the weight: [M, K], [O, k, k, C] or [D]
     dtype: str  # as stored: f32, f16 or bf16
     isa: str
     buffer: NDArray[Any]
+    result: str  # how what the op returns is stored: f32 or bf16
 
     @property
     def ndim(self) -> int:
@@ -29,7 +30,7 @@ class Packed:
 def round_to(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """A weight as a model of this dtype uses it, in float32: what a kernel's storage stands for."""
     if dtype == "bfloat16":
-        return (to_bfloat16(weight).astype(np.uint32) << 16).view(np.float32)
+        return from_bfloat16(to_bfloat16(weight))
     if dtype == "float16" and weight.ndim == 2:  # convolutions hold a folded BatchNorm
         weight = to_float16(weight)
     return weight.astype(np.float32, copy=False)
@@ -54,3 +55,8 @@ def to_bfloat16(x: NDArray[Any]) -> NDArray[np.uint16]:
     bits = x.view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bit patterns -> the same values."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -13,8 +13,8 @@ PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
     "__main__", "info", "convert", "__init__", "clip", "params", "checkpoint", "torch_file",
     "safetensors_file", "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet",
-    "ops", "hub", "config", "inputs", "preprocess", "report", "pil_pixels", "cpu", "weights",
-    "threads", "tokenizer", "errors", "kernels",
+    "ops", "hub", "config", "inputs", "preprocess", "report", "pil_pixels", "cpu",
+    "weights", "cpu_library", "threads", "tokenizer", "errors", "kernels",
 ]  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 

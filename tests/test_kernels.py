@@ -10,20 +10,20 @@ import inspect
 import numpy as np
 import pytest
 
-from npclip import cpu, ops, threads, weights
+from npclip import cpu, cpu_library, ops, threads, weights
 from npclip.kernels import reference
 
-if reason := cpu.why_unavailable():
+if reason := cpu_library.why_unavailable():
     pytest.skip(f"no C kernels: {reason}", allow_module_level=True)
 
-ISAS = cpu.machine_isas()
+ISAS = cpu_library.machine_isas()
 LENGTHS = [1, 2, 7, 15, 16, 17, 31, 33, 50, 77, 97, 197, 257, 577]
 
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Makes the kernels of this ISA, and no better one, those that are used."""
-    monkeypatch.setattr(cpu, "isas", lambda: ISAS[ISAS.index(request.param) :])
+    monkeypatch.setattr(cpu_library, "isas", lambda: ISAS[ISAS.index(request.param) :])
     return request.param
 
 
@@ -193,18 +193,21 @@ def test_layer_norm(isa, rng, rows, width):
     check("add_layer_norm", x, h, weight, bias)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 224, 224, 32), (1, 3, 28, 28, 14), (3, 1, 4, 6, 2)])
-def test_patchify_and_embed_patches(isa, rng, shape):
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 224, 224, 32), (1, 3, 28, 28, 14), (3, 1, 4, 6, 2), (2, 3, 5, 7, 1)]
+)
+def test_patchify(isa, rng, shape):
     *image, patch = shape
     x = normal(rng, *image)
     np.testing.assert_array_equal(cpu.patchify(x, patch), reference.patchify(x, patch))
-    rows, tokens = shape[0], 7
-    patches, position = normal(rng, rows * (tokens - 1), 33), normal(rng, tokens, 33)
-    class_embedding = normal(rng, 33)
-    np.testing.assert_array_equal(
-        cpu.embed_patches(patches, class_embedding, position),
-        reference.embed_patches(patches, class_embedding, position),
-    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (3, 7, 33), (2, 50, 768), (1, 17, 1280)])
+def test_embed_patches(isa, rng, shape):
+    batch, tokens, width = shape
+    patches, position = normal(rng, batch * (tokens - 1), width), normal(rng, tokens, width)
+    vectors = [normal(rng, width) for _ in range(3)]
+    check("embed_patches", patches, vectors[0], position, *vectors[1:])
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 64, 2), (1, 6, 9, 17, 3), (1, 4, 4, 1, 4)])
@@ -212,6 +215,133 @@ def test_avg_pool2d(isa, rng, shape):
     *image, k = shape
     x = normal(rng, *image)
     check("avg_pool2d", x, k=k, magnitude=np.abs(x).max())
+
+
+PAIR_ISAS = [isa for isa in ISAS if isa in cpu.PAIRS]
+
+
+@pytest.fixture(params=PAIR_ISAS or [None])
+def pairs(request, monkeypatch):
+    """The same for the ISAs that store activations in bfloat16."""
+    if request.param is None:
+        pytest.skip("no ISA of this machine multiplies bfloat16")
+    monkeypatch.setattr(cpu_library, "isas", lambda: ISAS[ISAS.index(request.param) :])
+    return request.param
+
+
+def bfloat16(rng, *shape, scale=1.0):
+    """Bit patterns, and what they stand for."""
+    bits = weights.to_bfloat16(normal(rng, *shape, scale=scale))
+    return bits, weights.from_bfloat16(bits)
+
+
+def assert_rounds(result, exact, error):
+    """result is what `exact` is, within `error`, rounded to bfloat16."""
+    assert result.dtype == np.uint16
+    assert result.shape == exact.shape
+    rounding = np.abs(exact) * 2.0**-8 + 1e-30  # half of the last of 8 bits
+    difference = np.abs(weights.from_bfloat16(result) - exact)
+    assert (difference <= rounding + 1.01 * error).all(), (difference - rounding).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_between_bfloat16_activations(pairs, rng, shape):
+    n, k, m = shape
+    weight = normal(rng, m, k, scale=k**-0.5)
+    packed = cpu.pack(weight, "bfloat16", "bfloat16")
+    assert (packed.isa, packed.result) == (pairs, "bf16")
+    bits, x = bfloat16(rng, n, k)
+    bias, (r_bits, residual) = normal(rng, m), bfloat16(rng, n, m)
+    wide = weights.round_to(weight, "bfloat16").astype(float)
+    error = 1e-6 + np.finfo(np.float32).eps * k**0.5 * (np.abs(x) @ np.abs(wide).T + 8).max()
+    for activation in (None, "quick_gelu", "gelu", "relu"):
+        exact = reference.linear(x.astype(float), wide, bias, activation, residual)
+        for values in (bits, x):
+            y = cpu.linear(values, packed, bias, activation, r_bits)
+            assert_rounds(y, exact, error)
+        to_float = cpu.pack(weight, "bfloat16")
+        y = cpu.linear(bits, to_float, bias, activation, residual)
+        assert y.dtype == np.float32
+        assert np.abs(y - exact).max() <= error
+    assert_rounds(cpu.linear(bits, packed), x.astype(float) @ wide.T, error)
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv2d_and_avg_pool2d_between_bfloat16_activations(pairs, rng, shape):
+    b, h, w, c, o, k, stride = shape
+    weight = normal(rng, o, k, k, c, scale=(k * k * c) ** -0.5)
+    packed, bias = cpu.pack(weight, "bfloat16", "bfloat16"), normal(rng, o)
+    bits, x = bfloat16(rng, b, h, w, c)
+    r_bits, residual = bfloat16(rng, b, (h - 1) // stride + 1, (w - 1) // stride + 1, o)
+    wide = weights.round_to(weight, "bfloat16").astype(float)
+    exact = reference.conv2d(x.astype(float), wide, bias, stride, "relu", residual)
+    y = cpu.conv2d(bits, packed, bias, stride, "relu", r_bits)
+    assert_rounds(y, exact, 1e-6 + (k * k * c) ** 0.5 * 1e-6)
+    pool = min(2, h)
+    cells, narrow = (v[:, : h // pool * pool, : w // pool * pool] for v in (bits, x))
+    exact = reference.avg_pool2d(narrow.astype(float), pool)
+    assert_rounds(cpu.avg_pool2d(cells, pool), exact, 1e-6)
+
+
+def attention_error(qkv, heads):
+    """How far rounding the weights of the keys, and the error of scores, may move attention."""
+    return 2.0**-8 * np.abs(qkv[:, -qkv.shape[1] // 3 :]).max() + 1e-6 * magnitude(qkv, heads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_width", [1, 16, 33, 64, 80, 88, 104, 128])
+@pytest.mark.parametrize("length", [*LENGTHS, 1024])
+def test_attention_of_bfloat16(pairs, rng, length, head_width, causal):
+    seqs = sequences(rng, length)
+    bits, qkv = bfloat16(rng, seqs[-1], 3 * 2 * head_width)
+    o = cpu.attention(bits, seqs, 2, causal)
+    exact = reference.attention(qkv.astype(float), seqs, 2, causal)
+    assert_rounds(o, exact, attention_error(qkv, 2))
+    assert np.abs(weights.from_bfloat16(o) - exact).mean() <= 2.0**-8 * np.abs(exact).mean() + 1e-6
+
+
+@pytest.mark.parametrize("head_width", [1, 33, 64, 80, 104])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_pool_of_bfloat16(pairs, rng, length, head_width):
+    seqs = sequences(rng, length)
+    (q_bits, q), (bits, kv) = (
+        bfloat16(rng, n, parts * 3 * head_width) for n, parts in ((7, 1), (seqs[-1], 2))
+    )
+    exact = reference.attention_pool(q.astype(float), kv.astype(float), seqs, 3)
+    assert_rounds(cpu.attention_pool(q_bits, bits, seqs, 3), exact, 1e-6 * np.abs(kv).max() * 20)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 97, 512, 768, 1280])
+def test_layer_norm_to_bfloat16(pairs, rng, rows, width):
+    x, (bits, h) = normal(rng, rows, width, scale=5) + np.float32(3), bfloat16(rng, rows, width)
+    weight, bias = normal(rng, width), normal(rng, width)
+    gain = cpu.pack(weight, "bfloat16", "bfloat16")
+    assert_rounds(
+        cpu.layer_norm(x, gain, bias), reference.layer_norm(x.astype(float), weight, bias), 1e-5
+    )
+    total, y = cpu.add_layer_norm(x, bits, gain, bias)
+    np.testing.assert_array_equal(total, x + h)
+    assert_rounds(y, reference.layer_norm((x + h).astype(float), weight, bias), 1e-5)
+
+
+def test_embed_patches_of_bfloat16(pairs, rng):
+    bits, patches = bfloat16(rng, 2 * 6, 770)
+    position, vectors = normal(rng, 7, 770), [normal(rng, 770) for _ in range(3)]
+    expected = cpu.embed_patches(patches, vectors[0], position, *vectors[1:])
+    actual = cpu.embed_patches(bits, vectors[0], position, *vectors[1:])
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_what_no_kernel_takes_of_bfloat16_is_widened(pairs, rng):
+    bits, qkv = bfloat16(rng, cpu.MAX_KEYS + 1, 6)
+    seqs = np.array([0, len(bits)], np.int32)
+    expected = reference.attention(qkv, seqs, 1)
+    np.testing.assert_array_equal(cpu.attention(bits, seqs, 1), expected)
+    deep = normal(rng, 2, cpu.MAX_DEPTH + 1)
+    weight = cpu.pack(deep, "bfloat16", "bfloat16")
+    bits, x = bfloat16(rng, 3, cpu.MAX_DEPTH + 1)
+    np.testing.assert_array_equal(cpu.linear(bits, weight), reference.linear(x, weight))
 
 
 def test_arrays_of_any_layout(isa, rng):

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import npclip
-from npclip import cpu, ops
+from npclip import cpu_library, ops
 from npclip.checkpoint import open_checkpoint
 from npclip.config import Metadata, infer_config
 from npclip.convert import convert
@@ -95,7 +95,9 @@ def as_many_threads_afterwards():
     npclip.set_num_threads(before)
 
 
-@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="BLAS orders its sums as it likes")
+@pytest.mark.skipif(
+    cpu_library.why_unavailable() is not None, reason="BLAS orders its sums as it likes"
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_embedding_has_the_same_bits_in_every_batch(golden, dtype, as_many_threads_afterwards):
     model = npclip.load(golden.path, dtype=dtype)

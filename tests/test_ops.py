@@ -31,8 +31,15 @@ BAD_CALLS = {
     "layer_norm": lambda: ops.layer_norm(zeros(5, 4), zeros(3), zeros(3)),
     "add_layer_norm": lambda: ops.add_layer_norm(zeros(5, 4), zeros(4, 4), zeros(4), zeros(4)),
     "patchify": lambda: ops.patchify(zeros(1, 3, 8, 9), 4),
-    "embed_patches: rows": lambda: ops.embed_patches(zeros(7, 4), zeros(4), zeros(5, 4)),
-    "embed_patches: class": lambda: ops.embed_patches(zeros(8, 4), zeros(3), zeros(5, 4)),
+    "embed_patches: rows": lambda: ops.embed_patches(
+        zeros(7, 4), zeros(4), zeros(5, 4), *2 * [zeros(4)]
+    ),
+    "embed_patches: class": lambda: ops.embed_patches(
+        zeros(8, 4), zeros(3), zeros(5, 4), *2 * [zeros(4)]
+    ),
+    "embed_patches: gain": lambda: ops.embed_patches(
+        zeros(8, 4), zeros(4), zeros(5, 4), zeros(3), zeros(4)
+    ),
     "embed_tokens: ids": lambda: ops.embed_tokens(
         np.array([3]), np.array([0]), zeros(3, 2), zeros(3, 2)
     ),

@@ -12,15 +12,15 @@ import PIL.Image
 import pytest
 from PIL import _imaging
 
-from npclip import cpu, pil_pixels
+from npclip import cpu, cpu_library, pil_pixels
 from npclip import preprocess as module
 from npclip.errors import ImageError
 from npclip.preprocess import preprocess
 
-if reason := cpu.why_unavailable():
+if reason := cpu_library.why_unavailable():
     pytest.skip(f"no C kernels: {reason}", allow_module_level=True)
 
-ISAS = [isa for isa in cpu.machine_isas() if cpu.kernel("resize", "u8", isa)]
+ISAS = [isa for isa in cpu_library.machine_isas() if cpu_library.kernel("resize", "u8", isa)]
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "I", "F"]
 EXPORTS = tuple(map(int, PIL.__version__.split(".")[:2])) >= (11, 3)
 needs_export = pytest.mark.skipif(not EXPORTS, reason="this Pillow exports no pixels")
@@ -35,7 +35,7 @@ def rng():
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(cpu, "isas", lambda: (request.param,))
+    monkeypatch.setattr(cpu_library, "isas", lambda: (request.param,))
     return request.param
 
 

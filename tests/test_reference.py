@@ -149,10 +149,11 @@ def test_patchify_rows_are_the_patches_in_reading_order():
 
 
 def test_embed_patches():
-    patches, cls, positions = randn(2 * 4, 3), randn(3), randn(5, 3)
-    x = reference.embed_patches(patches, cls, positions).reshape(2, 5, 3)
-    assert_close(x[:, 0], np.tile(cls + positions[0], (2, 1)))
-    assert_close(x[1, 3], patches[4 + 2] + positions[3])
+    patches, cls, positions, norm = randn(2 * 4, 3), randn(3), randn(5, 3), (randn(3), randn(3))
+    x = reference.embed_patches(patches, cls, positions, *norm).reshape(2, 5, 3)
+    expected = reference.layer_norm(cls + positions[0], *norm)
+    assert_close(x[:, 0], np.tile(expected, (2, 1)))
+    assert_close(x[1, 3], reference.layer_norm(patches[4 + 2] + positions[3], *norm))
 
 
 def test_embed_tokens():
@@ -182,7 +183,7 @@ def test_every_op_keeps_its_dtype(dtype):
         reference.conv2d(image, randn(2, 3, 3, 3, dtype=dtype), randn(2, dtype=dtype)),
         reference.avg_pool2d(image, 2),
         reference.l2_normalize(x),
-        reference.embed_patches(x[:4], b, randn(3, 12, dtype=dtype)),
+        reference.embed_patches(x[:4], b, randn(3, 12, dtype=dtype), b, b),
         reference.embed_tokens(np.array([1]), np.array([0]), x, x),
     ]
     assert {r.dtype for r in results} == {np.dtype(dtype)}

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from npclip import cpu
+from npclip import cpu_library
 from npclip.kernels import reference_resize
 from npclip.kernels.reference_resize import (
     axis_tables,
@@ -64,11 +64,11 @@ def rng():
 @pytest.fixture(params=["avx2", "avx512"])
 def resize_u8(request):
     """The C function resize_u8_{isa}."""
-    if reason := cpu.why_unavailable():
+    if reason := cpu_library.why_unavailable():
         pytest.skip(f"no C kernels: {reason}")
-    if request.param not in cpu.machine_isas():
+    if request.param not in cpu_library.machine_isas():
         pytest.skip(f"this machine has no {request.param}")
-    return cpu.kernel("resize", "u8", request.param)
+    return cpu_library.kernel("resize", "u8", request.param)
 
 
 def geometry(old, size, resize):

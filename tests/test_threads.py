@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import npclip
-from npclip import cpu, threads
+from npclip import cpu_library, threads
 from npclip.errors import InputError
 
 
@@ -34,8 +34,8 @@ def test_a_number_of_threads_that_is_none_is_an_error(n, as_before):
 def test_set_num_threads(as_before):
     npclip.set_num_threads(3)
     assert npclip.get_num_threads() == 3
-    if not cpu.why_unavailable():
-        assert cpu.library().npclip_num_threads() == 3
+    if not cpu_library.why_unavailable():
+        assert cpu_library.library().npclip_num_threads() == 3
 
 
 @pytest.mark.parametrize("text", ["0", "-2", "two", "1.5"])
@@ -127,7 +127,8 @@ def test_after_fork_the_child_and_the_parent_encode(golden):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.skipif(
-    cpu.why_unavailable() is not None, reason="OpenBLAS hangs in a child forked while it computes"
+    cpu_library.why_unavailable() is not None,
+    reason="OpenBLAS hangs in a child forked while it computes",
 )
 def test_fork_while_other_threads_encode(golden):
     code = """

@@ -44,8 +44,9 @@ from parity import replace_between_markers
 from roofline_svg import roofline
 
 import npclip
-from npclip import cpu, threads
+from npclip import cpu, cpu_library, threads
 from npclip.kernels import reference, reference_resize
+from npclip.weights import to_bfloat16
 
 START, END = "<!-- kernels -->\n", "<!-- /kernels -->\n"
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": ""}  # -> of a model
@@ -67,8 +68,8 @@ class Kernel(NamedTuple):
 
 def kernels(op: str) -> list[Kernel]:
     """Every C kernel of an op that the library exports and this machine runs, best ISA first."""
-    names = (Kernel(op, dtype, isa) for dtype in DTYPES for isa in cpu.machine_isas())
-    return [name for name in names if cpu.kernel(*name) is not None]
+    names = (Kernel(op, dtype, isa) for dtype in DTYPES for isa in cpu_library.machine_isas())
+    return [name for name in names if cpu_library.kernel(*name) is not None]
 
 
 def numpy_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], Any]]:
@@ -85,7 +86,7 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
 
     ValueError where cpu.py leaves such a shape to NumPy.
     """
-    recorded, kept, find, pointer = [], [], cpu.kernel, cpu._pointer
+    recorded, kept, find, pointer = [], [], cpu_library.kernel, cpu._pointer
 
     def record(op: str, dtype: str, isa: str) -> Any:
         function = find(op, dtype, isa)
@@ -96,22 +97,34 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
         return pointer(x)
 
     arguments, packed = dict(work.kernel_arguments or work.arguments), []
-    with mock.patch.object(cpu, "isas", lambda: (kernel.isa,)):
+    in_pairs, dtype = kernel.dtype == "bf16" and kernel.isa in cpu.PAIRS, DTYPES[kernel.dtype]
+    for name in work.activations if in_pairs else ():
+        arguments[name] = to_bfloat16(arguments[name])
+    with mock.patch.object(cpu_library, "isas", lambda: (kernel.isa,)):
         if work.weight is not None:
             stored = work.weight.astype(np.float16) if kernel.dtype == "f16" else work.weight
-            packed = [cpu.pack(stored, DTYPES[kernel.dtype]) for _ in range(copies)]
+            packed = [cpu.pack(stored, dtype, dtype) for _ in range(copies)]
             arguments["weight"] = packed[0]
-        with mock.patch.multiple(cpu, kernel=record, _pointer=keep):
+        elif in_pairs and kernel.op in ("layer_norm", "add_layer_norm"):
+            arguments["weight"] = cpu.pack(arguments["weight"], dtype, dtype)
+        with (
+            mock.patch.object(cpu_library, "kernel", record),
+            mock.patch.multiple(cpu, kernel=record, _pointer=keep),
+        ):
             getattr(cpu, kernel.op)(**arguments)
     if len(recorded) != 1 or not all(isinstance(p, cpu.Packed) for p in packed):
         raise ValueError("no C kernel takes it")
-    kept += packed
     buffers = [pointer(p.buffer) for p in packed] or [None]
+    nbytes = sum(a.nbytes for a in kept if a is not None and pointer(a) != buffers[0])
+    kept += packed
     calls = []
     for buffer in buffers:  # in place of the first one's
         arguments = [buffer if buffer and a == buffers[0] else a for a in recorded[0]]
         calls.append(partial(find(*kernel), *arguments))
-        calls[-1].kept = kept
+        calls[-1].kept, calls[-1].nbytes = (
+            kept,
+            nbytes,
+        )  # all that it reads and writes but the weight
     return calls
 
 
@@ -120,7 +133,7 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
     op = chosen[0].op
     work = OPS[op].work(*shape)
     numpy = Kernel(op, "f32" if work.weight is not None else chosen[0].dtype, "")
-    values, everyone = _nbytes(work, numpy), [*chosen, numpy]
+    everyone = [*chosen, numpy]
     timers, nbytes, states = {}, {}, {}
     for kernel in everyone:
         stored, copies = 0, 1
@@ -128,9 +141,9 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
             stored = work.weight.size * (4 if kernel.dtype == "f32" else 2)
             if work.weight.nbytes >= LEAST_COLD:
                 copies = math.ceil(2 * machine.last_cache / stored)
-        calls = kernel_calls if kernel.isa else numpy_calls
-        timers[kernel] = Timer(calls(work, kernel, copies))
-        nbytes[kernel] = values + stored
+        calls = (kernel_calls if kernel.isa else numpy_calls)(work, kernel, copies)
+        timers[kernel] = Timer(calls)
+        nbytes[kernel] = stored + (calls[0].nbytes if kernel.isa else _nbytes(work, numpy))
         is_cold = copies * stored >= 2 * machine.last_cache
         states[kernel] = "cold" if is_cold else "warm"
     seconds: dict[Kernel, list[float]] = {kernel: [] for kernel in everyone}
@@ -179,7 +192,7 @@ def describe(machine: Machine, rounds: int) -> dict[str, Any]:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "processor": _processor(),
-        "isas": cpu.machine_isas(),
+        "isas": cpu_library.machine_isas(),
         "threads": threads.get_num_threads(),
         "cpus": threads.available_cpus(),
         "l2_bytes": machine.l2,
@@ -199,7 +212,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(OPS))
     parser.add_argument("--dtype", type=_list, metavar="LIST", help=f"of: {', '.join(DTYPES)}")
-    parser.add_argument("--isa", type=_list, metavar="LIST", help=f"of: {', '.join(cpu.ISAS)}")
+    parser.add_argument(
+        "--isa", type=_list, metavar="LIST", help=f"of: {', '.join(cpu_library.ISAS)}"
+    )
     axes = ", ".join(f"{name} {op.axes}" for name, op in OPS.items())
     parser.add_argument("--shapes", type=_shapes, metavar="LIST", help=f"not CLIP's: {axes}")
     parser.add_argument(
@@ -230,7 +245,7 @@ def _shapes(text: str) -> list[Shape]:
 
 def choose(args: argparse.Namespace) -> list[tuple[Shape, list[Kernel]]]:
     """What is timed together: a shape, and kernels of one op. ValueError says what is wrong."""
-    ops, isas = args.ops or list(OPS), cpu.machine_isas()
+    ops, isas = args.ops or list(OPS), cpu_library.machine_isas()
     for name, given, known in (
         ("op", ops, OPS), ("dtype", args.dtype or [], DTYPES), ("isa", args.isa or [], isas),
     ):  # fmt: skip

@@ -31,7 +31,7 @@ from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
 import npclip
-from npclip import cpu
+from npclip import cpu_library
 from npclip.config import ARCHITECTURES, Metadata
 
 Encoder = Callable[[NDArray], NDArray]
@@ -294,7 +294,7 @@ def tables(cases: list, rounds: int, threads: int) -> str:
     for module in ("torch", "onnxruntime", "openvino"):
         if importlib.util.find_spec(module):
             versions.append(f"{module} {importlib.import_module(module).__version__}")
-    isa = "NumPy" if cpu.why_unavailable() else f"kernels for {cpu.isas()[0]}"
+    isa = "NumPy" if cpu_library.why_unavailable() else f"kernels for {cpu_library.isas()[0]}"
     return (
         f"Milliseconds a batch, {threads} threads of {_processor()} ({isa}), median of {rounds} "
         f"interleaved rounds; in brackets, times npclip's. {', '.join(versions)}.\n\n{text}"

@@ -29,6 +29,7 @@ class Work:
     arguments: dict[str, Any]
     weight: NDArray[np.float32] | None = None  # what is packed for a kernel, if anything
     kernel_arguments: dict[str, Any] | None = None  # where they are others
+    activations: tuple[str, ...] = ()  # arguments that come from another op, so may be bfloat16
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ def normal(*shape: int) -> NDArray[np.float32]:
 
 def linear(n: int, k: int, m: int) -> Work:
     """With a bias."""
-    return Work(2 * n * k * m, {"x": normal(n, k), "bias": normal(m)}, normal(m, k))
+    return Work(
+        2 * n * k * m, {"x": normal(n, k), "bias": normal(m)}, normal(m, k), activations=("x",)
+    )
 
 
 def attention(batch: int, tokens: int, heads: int, head_width: int) -> Work:
     """The exponentials, one for 4 Dh flop, are not counted."""
     qkv = normal(batch * tokens, 3 * heads * head_width)
     arguments = {"qkv": qkv, "cu_seqlens": equal_seqlens(batch, tokens), "heads": heads}
-    return Work(4 * batch * heads * tokens**2 * head_width, arguments)
+    return Work(4 * batch * heads * tokens**2 * head_width, arguments, activations=("qkv",))
 
 
 def attention_pool(batch: int, tokens: int, heads: int, head_width: int) -> Work:
@@ -66,7 +69,7 @@ def attention_pool(batch: int, tokens: int, heads: int, head_width: int) -> Work
         "cu_seqlens": equal_seqlens(batch, tokens),
         "heads": heads,
     }
-    return Work(4 * batch * tokens * width, arguments)
+    return Work(4 * batch * tokens * width, arguments, activations=("q", "kv"))
 
 
 def layer_norm(n: int, d: int) -> Work:
@@ -77,7 +80,7 @@ def layer_norm(n: int, d: int) -> Work:
 def add_layer_norm(n: int, d: int) -> Work:
     """8 flop a value."""
     work = layer_norm(n, d)
-    return Work(8 * n * d, {**work.arguments, "h": normal(n, d)})
+    return Work(8 * n * d, {**work.arguments, "h": normal(n, d)}, activations=("h",))
 
 
 def patchify(batch: int, resolution: int, patch: int) -> Work:
@@ -87,14 +90,16 @@ def patchify(batch: int, resolution: int, patch: int) -> Work:
 
 
 def embed_patches(batch: int, tokens: int, width: int) -> Work:
-    """One addition a value."""
+    """An addition and LayerNorm's 7 flop a value."""
     _check(tokens > 1, "T counts the class token and at least one patch")
     arguments = {
         "patches": normal(batch * (tokens - 1), width),
         "class_embedding": normal(width),
         "positional_embedding": normal(tokens, width),
+        "weight": normal(width),
+        "bias": normal(width),
     }
-    return Work(batch * tokens * width, arguments)
+    return Work(8 * batch * tokens * width, arguments, activations=("patches",))
 
 
 def conv2d(batch: int, side: int, channels: int, outputs: int, kernel: int, stride: int) -> Work:
@@ -108,13 +113,14 @@ def conv2d(batch: int, side: int, channels: int, outputs: int, kernel: int, stri
         "activation": "relu",
     }
     weight = normal(outputs, kernel, kernel, channels)
-    return Work(2 * pixels * weight.size, arguments, weight)
+    return Work(2 * pixels * weight.size, arguments, weight, activations=("x",))
 
 
 def avg_pool2d(batch: int, side: int, channels: int, k: int) -> Work:
     """One addition a value."""
     _check(side % k == 0, "R is no multiple of k")
-    return Work(batch * side**2 * channels, {"x": normal(batch, side, side, channels), "k": k})
+    arguments = {"x": normal(batch, side, side, channels), "k": k}
+    return Work(batch * side**2 * channels, arguments, activations=("x",))
 
 
 def resize(height: int, width: int, size: int) -> Work:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npclip import cpu, threads
+from npclip import cpu_library, threads
 
 MIN_SECONDS = 2e-3  # of one sample
 LONG_SECONDS = 20e-3  # of one sample that is enough
@@ -59,12 +59,12 @@ class Machine:
 
     def peak(self, dtype: str, isa: str) -> float:
         """Flop a second of a dtype on an ISA, "" for the best; of float32, if it widens to that."""
-        isas = (isa,) if isa else cpu.machine_isas()
+        isas = (isa,) if isa else cpu_library.machine_isas()
         names = (("peak", d, i) for d in (dtype, "f32") for i in isas)
-        name = next(name for name in names if cpu.kernel(*name))
+        name = next(name for name in names if cpu_library.kernel(*name))
         key = "_".join(name[1:])
         if key not in self.timers:
-            function, flop = cpu.kernel(*name), ctypes.c_double()
+            function, flop = cpu_library.kernel(*name), ctypes.c_double()
             timer, _ = _long_timer(lambda n: partial(function, n, ctypes.addressof(flop)), flop)
             self.timers[key] = timer, flop.value
         return self._measure(key)
@@ -77,7 +77,9 @@ class Machine:
         key = "memory" if size == self.memory else f"{size >> 10} KiB"
         if key not in self.timers:
             function = next(
-                k for i in cpu.machine_isas() if (k := cpu.kernel("bandwidth", "f32", i))
+                k
+                for i in cpu_library.machine_isas()
+                if (k := cpu_library.kernel("bandwidth", "f32", i))
             )
             out = ctypes.c_float()
             call = partial(function, self.data.ctypes.data, size // 4)
