@@ -102,12 +102,13 @@ INLINE void epilogue(const Gemm *g, int mr, Place at, vf acc[MR][NV]) {
         }
 }
 
-// Rows of y and of the residual lie far apart: they are fetched while their tile is multiplied.
+// Rows of y and of the residual lie far apart. They are fetched while a tile is multiplied: those of the
+// next tile, or, where they are large and would not stay in L1 for so long, its own.
 INLINE void prefetch(const Gemm *g, int mr, Place at) {
-    int64_t size = size_of(g->y_format);
+    int64_t size = size_of(g->y_format), row = at.row + (g->y_format == F32 ? 0 : mr);
     for (int i = 0; i < mr; i++)
         for (int64_t line = 0; line < NR * size; line += 64) {
-            int64_t offset = ((at.row + i) * g->m + at.col) * size + line;
+            int64_t offset = ((row + i) * g->m + at.col) * size + line;
             __builtin_prefetch((const char *)g->y + offset, 1);
             if (g->residual) __builtin_prefetch((const char *)g->residual + offset);
         }
