@@ -50,8 +50,8 @@ def load(
         float16 stay so in memory, and are widened where they are used.
         "float16": matrices are kept in float16, the arithmetic is in float32: the bits of
         "float32" where the checkpoint stores float16, half the memory where it does not.
-        "bfloat16": matrices, and what they are multiplied with, are rounded to bfloat16; sums,
-        attention and LayerNorm are in float32. Without AVX512-BF16 the matrices only.
+        "bfloat16": matrices, and what goes from one op to the next, are rounded to bfloat16; sums
+        and the residual stream are float32. Without AVX512-BF16 the matrices only are rounded.
     download_root: cache directory instead of $NPCLIP_CACHE or ~/.cache/npclip.
     towers: ("image", "text") or one of them; the other's weights are not read.
     activation: "quick_gelu" or "gelu", for a checkpoint that does not record it.
