@@ -1,6 +1,7 @@
 // layer_norm: y = (x - mean) / sqrt(var + eps) weight + bias              reference.py::layer_norm
 // add_layer_norm: x + h, and its LayerNorm
 // embed_patches: the class token before the patches of each image, plus positions, and their LayerNorm
+// l2_normalize: x / |x|, of embeddings, so f32 only
 //
 // x, sum [N, D] f32, row-major; h, y [N, D] f32, or bf16 for avx512_bf16 and amx; weight, bias [D]. x is
 // the residual stream, which stays f32: only what is multiplied next is rounded.
@@ -124,3 +125,26 @@ EXPORT void ACTIVATION_SYMBOL(embed_patches)(const Activation *patches, const fl
                       eps};
     parallel_for(run_embed, &a, batch);
 }
+
+#if PAIR == 1
+
+static void run_l2(const void *arguments, int64_t task, Scratch *scratch) {
+    (void)scratch;
+    const LayerNorm *p = arguments;
+    int64_t end = smaller(p->n, (task + 1) * ROWS);
+    for (int64_t row = task * ROWS; row < end; row++) {
+        const float *x = p->x + row * p->d;
+        vf length = v_set1(sqrtf(sum(x, p->d, v_zero(), 1)));
+        for (int64_t i = 0; i < p->d; i += LANES) {
+            int n = lanes_left(p->d - i);
+            v_store_n(p->y + row * p->d + i, v_div(v_load_n(x + i, n), length), n);
+        }
+    }
+}
+
+EXPORT void SYMBOL(l2_normalize_f32)(const float *x, float *y, int64_t n, int64_t d) {
+    LayerNorm p = {.x = x, .y = y, .n = n, .d = d};
+    parallel_for(run_l2, &p, ceil_div(n, ROWS));
+}
+
+#endif

@@ -246,6 +246,15 @@ def avg_pool2d(x: Array, k: int) -> Array:
     return y
 
 
+def l2_normalize(x: Array) -> Array:
+    """reference.l2_normalize"""
+    if _stored(x) != "f32" or not x.size:
+        return reference.l2_normalize(x)
+    x, y, d = _as(x, "f32"), _empty(x.shape, "f32"), x.shape[-1]
+    best("l2_normalize", "f32")[0](_pointer(x), _pointer(y), x.size // d, d)
+    return y
+
+
 def resize(
     image: Array,
     x: tuple[Array, Array],
@@ -272,5 +281,4 @@ def resize(
 
 
 embed_tokens = reference.embed_tokens
-l2_normalize = reference.l2_normalize
 softmax = reference.softmax

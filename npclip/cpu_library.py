@@ -24,6 +24,7 @@ SIGNATURES = {
     "attention_pool": "ppppiii",
     "layer_norm": "ppppiif",
     "add_layer_norm": "ppppppiif",
+    "l2_normalize": "ppii",
     "patchify": "ppiiiii",
     "embed_patches": "ppppppiiif",
     "conv2d": "pppppiiiiiiiccc",

@@ -217,6 +217,11 @@ def test_avg_pool2d(isa, rng, shape):
     check("avg_pool2d", x, k=k, magnitude=np.abs(x).max())
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 512), (9, 770), (513,), (0, 512)], ids=str)
+def test_l2_normalize(isa, rng, shape):
+    check("l2_normalize", normal(rng, *shape, scale=20))
+
+
 PAIR_ISAS = [isa for isa in ISAS if isa in cpu.PAIRS]
 
 

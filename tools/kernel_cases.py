@@ -83,6 +83,11 @@ def add_layer_norm(n: int, d: int) -> Work:
     return Work(8 * n * d, {**work.arguments, "h": normal(n, d)}, activations=("h",))
 
 
+def l2_normalize(n: int, d: int) -> Work:
+    """3 flop a value."""
+    return Work(3 * n * d, {"x": normal(n, d)})
+
+
 def patchify(batch: int, resolution: int, patch: int) -> Work:
     """No flop: it moves values."""
     _check(resolution % patch == 0, "R is no multiple of P")
@@ -193,6 +198,7 @@ OPS = {
     "add_layer_norm": Op("NxD", add_layer_norm, {
         (50, 768): B1, (1600, 768): B32, (257, 1024): "ViT-L/14, batch 1",
     }),
+    "l2_normalize": Op("NxD", l2_normalize, {(1, 512): B1, (32, 512): B32}),
     "patchify": Op("BxRxP", patchify, {
         (1, 224, 32): B1, (32, 224, 32): B32, (1, 224, 14): "ViT-L/14, batch 1",
     }),
