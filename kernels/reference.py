@@ -3,7 +3,8 @@
 Axes: B batch, T tokens of one sequence, N all tokens of the batch, D width, H heads, Dh head width,
 F hidden width of the MLP, E embedding; images are B H W C inside the ResNets. Sequences are packed:
 the rows of sequence b are cu_seqlens[b] .. cu_seqlens[b+1]. Each function computes in the dtype of
-its input, so the same text in float64 is the ground truth and in float32 the portable backend.
+its input, so the same text in float64 is the ground truth and in float32 the portable backend;
+`like=` makes it run on any arrays that know NumPy's functions, such as CuPy's.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def attention(qkv, cu_seqlens, heads, causal=False):  # [N, 3D] -> [N, D]
     """o = softmax(q k^T / sqrt(Dh)) v, per sequence and head; causal: a token sees no later one."""
     q, k, v = _split_heads(qkv, 3, heads)  # [H, N, Dh] each
     q = q * _scale(q)
-    o = np.empty(q.shape[1:2] + q.shape[::2], qkv.dtype)  # [N, H, Dh]
+    o = np.empty(q.shape[1:2] + q.shape[::2], qkv.dtype, like=qkv)  # [N, H, Dh]
     for i, j in pairwise(cu_seqlens):
         s = q[:, i:j] @ k[:, i:j].transpose(0, 2, 1)  # [H, T, T]
         if causal:
-            s += np.triu(np.full((j - i, j - i), -np.inf, s.dtype), 1)
+            s += np.triu(np.full((j - i, j - i), -np.inf, s.dtype, like=s), 1)
         o[i:j] = (softmax(s) @ v[:, i:j]).transpose(1, 0, 2)
     return o.reshape(len(qkv), -1)
 
@@ -44,7 +45,7 @@ def attention_pool(q, kv, cu_seqlens, heads):  # [B, D], [N, 2D] -> [B, D]
     k, v = _split_heads(kv, 2, heads)  # [H, N, Dh] each
     (q,) = _split_heads(q, 1, heads)  # [H, B, Dh]
     q = q * _scale(q)
-    o = np.empty(q.shape[1:2] + q.shape[::2], kv.dtype)  # [B, H, Dh]
+    o = np.empty(q.shape[1:2] + q.shape[::2], kv.dtype, like=kv)  # [B, H, Dh]
     for b, (i, j) in enumerate(pairwise(cu_seqlens)):
         s = q[:, b : b + 1] @ k[:, i:j].transpose(0, 2, 1)  # [H, 1, T]
         o[b] = (softmax(s) @ v[:, i:j])[:, 0]
@@ -145,7 +146,8 @@ def embed_patches(patches, class_embedding, positional_embedding, weight, bias, 
     patches [B G G, D], class_embedding, weight, bias [D], positional_embedding [T, D] -> [B T, D]
     """
     tokens, width = positional_embedding.shape
-    x = np.empty((len(patches) // (tokens - 1), tokens, width), patches.dtype)
+    shape = len(patches) // (tokens - 1), tokens, width
+    x = np.empty(shape, patches.dtype, like=patches)
     x[:, 0] = class_embedding
     x[:, 1:] = patches.reshape(-1, tokens - 1, width)
     x += positional_embedding
@@ -165,7 +167,7 @@ def conv2d(x, weight, bias, stride=1, activation=None, residual=None):
     outputs, kernel = weight.shape[:2]
     weight, pad = weight.reshape(outputs, -1), kernel // 2
     size = [(n - 1) // stride + 1 for n in x.shape[1:3]]
-    y = np.empty((len(x), *size, outputs), x.dtype)
+    y = np.empty((len(x), *size, outputs), x.dtype, like=x)
     for b, image in enumerate(x):
         image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         windows = sliding_window_view(image, (kernel, kernel), axis=(0, 1))[::stride, ::stride]
@@ -179,6 +181,11 @@ def avg_pool2d(x, k):  # [B, H, W, C] -> [B, H / k, W / k, C]
     """The mean of each k x k cell."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // k, k, width // k, k, channels).mean((2, 4))
+
+
+def take(x, rows):  # [N, D], [B] -> [B, D]
+    """These rows of x."""
+    return x[rows]
 
 
 def to_float(x):

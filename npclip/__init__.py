@@ -6,7 +6,7 @@ model.classify("photo.jpg", ["cat", "dog"])
 model.encode_image("photo.jpg"), model.encode_text("a photo of a cat")
 """
 
-from .clip import CLIP, load, softmax
+from .clip import CLIP, asnumpy, load, softmax
 from .errors import (
     BackendError,
     CheckpointError,
@@ -37,6 +37,7 @@ __all__ = [
     "NpclipError",
     "TextTooLongError",
     "UnknownActivationError",
+    "asnumpy",
     "available_models",
     "get_num_threads",
     "load",

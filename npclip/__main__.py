@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="ViT-B/32", help=f"{model_help} (default ViT-B/32)")
     sub.add_argument("--template", default="a photo of a {}.", help="prompt; {} is the label")
     _add_activation(sub)
+    sub.add_argument("--device", help='"cpu", "cuda" or "cuda:N" (default a GPU if there is one)')
     sub.add_argument("--json", action="store_true", help="print {label: probability}")
 
     sub = command(_convert, "convert", "Any CLIP checkpoint to one safetensors file.")
@@ -102,7 +103,7 @@ def _classify(args: argparse.Namespace) -> str:
     for label, count in Counter(args.labels).items():
         if count > 1:
             args.usage_error(f"the label {label!r} is given twice")
-    model = load(args.model, activation=args.activation)
+    model = load(args.model, args.device, activation=args.activation)
     probabilities = model.classify(args.image, args.labels, args.template)
     pairs = sorted(zip(args.labels, probabilities.tolist(), strict=True), key=lambda p: -p[1])
     if args.json:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 Float32: TypeAlias = NDArray[np.float32]
 TOWERS = ("image", "text")
-PIXELS_PER_BATCH = 32 * 224 * 224  # bounds the memory of a forward pass whatever the input's length
-TEXTS_PER_BATCH = 64
+# These bound the memory of a forward pass whatever the input's length.
+PIXELS_PER_BATCH = {"cpu": 32 * 224 * 224, "cuda": 256 * 224 * 224}
+TEXTS_PER_BATCH = {"cpu": 64, "cuda": 1024}
 
 
 def load(
@@ -45,8 +46,11 @@ def load(
 
     name_or_path: a name of available_models(), downloaded once and verified, or a path: OpenAI's
         .pt, a torch.save state_dict, safetensors, or a Hugging Face or open_clip directory.
-    device: "cpu", also the default.
-    dtype: "float32", also the default: exact for any stored dtype. Matrices that are stored in
+    device: "cpu", "cuda" or "cuda:N"; by default "cuda" where CuPy and a usable GPU exist.
+    dtype: by default "float32" on the CPU and "float16" on a GPU. On a GPU "float16", "bfloat16"
+        and "float32" are how weights and activations are stored; sums are in float32, and
+        embeddings are float32 CuPy arrays (npclip.asnumpy copies them to the host). On the CPU:
+        "float32": exact for any stored dtype. Matrices that are stored in
         float16 stay so in memory, and are widened where they are used.
         "float16": matrices are kept in float16, the arithmetic is in float32: the bits of
         "float32" where the checkpoint stores float16, half the memory where it does not.
@@ -86,8 +90,8 @@ def load_opened(
 ) -> CLIP:
     """The second half of load(): reads the weights."""
     with _naming(checkpoint):
-        params = load_parameters(checkpoint, config, towers, ops.keeps_float16())
-        ops.prepare(params, dtype, checkpoint.release)
+        params = load_parameters(checkpoint, config, towers, ops.keeps_float16(device))
+        params = ops.prepare(params, dtype, checkpoint.release, device)
     return CLIP(config, checkpoint.metadata, params, device, dtype)
 
 
@@ -132,6 +136,11 @@ class CLIP:
         self.device = device
         self.dtype = dtype
         self._params = params
+        self._towers = None
+        if device != "cpu":
+            from .cuda_towers import Towers
+
+            self._towers = Towers(ops.open_device(device), params, config, dtype)
 
     def __iter__(self) -> Iterator[CLIP | Callable[..., Float32]]:
         """`model, preprocess = load(...)`"""
@@ -185,9 +194,14 @@ class CLIP:
         one, InputTypeError for anything else.
         """
         resolution = self.config.image_resolution
-        batch_size = max(1, PIXELS_PER_BATCH // resolution**2)
-        batches, single = inputs.image_batches(x, self.preprocess, resolution, batch_size)
-        encode = partial(encode_image, p=self._tower("image"), config=self.config)
+        batch_size = max(1, PIXELS_PER_BATCH[self._kind] // resolution**2)
+        params = self._tower("image")
+        if self._towers and (on_device := self._towers.as_device_images(x)) is not None:
+            batches, single = self._towers.image_batches(on_device, self.metadata, batch_size)
+        else:
+            batches, single = inputs.image_batches(x, self.preprocess, resolution, batch_size)
+        on_host = partial(encode_image, p=params, config=self.config)
+        encode = self._towers.encode_image if self._towers else on_host
         return self._encode(encode, batches, single, normalize)
 
     def encode_text(self, x: Any, normalize: bool = False, truncate: bool = False) -> Float32:
@@ -203,8 +217,10 @@ class CLIP:
         """
         length, vocab = self.context_length, self.vocab_size
         to_ids = partial(tokenize, context_length=length, truncate=truncate)
-        batches, single = inputs.text_batches(x, to_ids, length, vocab, TEXTS_PER_BATCH)
-        encode = partial(encode_text, p=self._tower("text"), config=self.config)
+        batch_size = TEXTS_PER_BATCH[self._kind]
+        batches, single = inputs.text_batches(x, to_ids, length, vocab, batch_size)
+        on_host = partial(encode_text, p=self._tower("text"), config=self.config)
+        encode = self._towers.encode_text if self._towers else on_host
         return self._encode(encode, batches, single, normalize)
 
     def __call__(self, image: Any, text: Any) -> tuple[Float32, Float32]:
@@ -232,6 +248,10 @@ class CLIP:
         texts = self.encode_text(prompts, normalize=True)
         return softmax(np.exp(self.logit_scale) * images @ texts.T)
 
+    @property
+    def _kind(self) -> str:
+        return self.device.partition(":")[0]
+
     def _tower(self, name: str) -> Parameters:
         if name not in self._params:
             raise InputError(f"the {name} tower was not loaded: add it to load(towers=...)")
@@ -245,7 +265,10 @@ class CLIP:
         normalize: bool,
     ) -> Float32:
         features = [encode(batch) for batch in batches]
-        result = np.concatenate([np.empty((0, self.config.embed_dim), np.float32), *features])
+        if not features:
+            nothing = np.empty((0, self.config.embed_dim), np.float32)
+            features = [self._towers.device.asarray(nothing) if self._towers else nothing]
+        result = features[0] if len(features) == 1 else np.concatenate(features)
         result = ops.l2_normalize(result) if normalize else result
         return result[0] if single else result
 
@@ -267,12 +290,19 @@ def _prompts(labels: Iterable[str], template: str) -> list[str]:
     return [template.replace("{}", label) for label in labels]
 
 
+def asnumpy(x: Any) -> NDArray[Any]:
+    """A NumPy array of what encode_image and others return, wherever it lies."""
+    if not ops.is_device_array(x):
+        return np.asarray(x)
+    return ops.open_device(f"cuda:{x.device.id}").asnumpy(x)
+
+
 def softmax(x: Any) -> Float32:
     """exp(x) / sum exp(x) along the last axis, of any array-like; float32 unless x is float64.
 
     Raises InputError where there is no last axis or nothing on it.
     """
-    x = np.asarray(x)
+    x = x if ops.is_device_array(x) else np.asarray(x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise InputError(f"softmax needs at least one value, not an array {list(x.shape)}")
     return ops.softmax(x if x.dtype in (np.float32, np.float64) else x.astype(np.float32))

@@ -281,4 +281,5 @@ def resize(
 
 
 embed_tokens = reference.embed_tokens
+take = reference.take
 softmax = reference.softmax

@@ -22,9 +22,8 @@ def encode_image_vit(images: Array, p: Parameters, config: Config) -> Array:
     """The Vision Transformer; an image is its class token and G x G patches."""
     x = ops.patchify(images, config.vision_patch_size)  # [B G G, 3 P P]
     x = ops.linear(x, **p["conv1"])  # [B G G, D]
-    x = ops.embed_patches(
-        x, p["class_embedding"], p["positional_embedding"], **p["ln_pre"]
-    )  # [N, D]
+    embeddings = p["class_embedding"], p["positional_embedding"]
+    x = ops.embed_patches(x, *embeddings, **p["ln_pre"])  # [N, D]
     seqs = ops.equal_seqlens(len(images), config.grid**2 + 1)
     x = transformer(x, p, seqs, seqs[:-1], config.vision_heads, False, config.activation)  # [B, D]
     x = ops.layer_norm(x, **p["ln_post"])
@@ -37,10 +36,16 @@ def encode_text(ids: Array, p: Parameters, config: Config) -> Array:  # [B, L] -
     A text ends at its largest id, the end-of-text token. No earlier token sees what follows, so
     only the tokens up to it are computed.
     """
-    tokens, positions, seqs = ops.pack_tokens(ids)  # [N], [N], [B + 1]
+    return encode_tokens(*ops.pack_tokens(ids), p, config)
+
+
+def encode_tokens(
+    tokens: Array, positions: Array, seqs: Array, last: Array, p: Parameters, config: Config
+) -> Array:
+    """[N], [N], [B + 1], [B] -> [B, E]"""
     x = ops.embed_tokens(tokens, positions, p["token_embedding"], p["positional_embedding"])
     heads = config.transformer_heads
-    x = transformer(x, p, seqs, seqs[1:] - 1, heads, True, config.activation)  # [B, D]
+    x = transformer(x, p, seqs, last, heads, True, config.activation)  # [B, D]
     x = ops.layer_norm(x, **p["ln_final"])
     return ops.linear(x, **p["text_projection"])  # [B, E]
 

@@ -92,8 +92,7 @@ def preprocess(
 
     image = _check_array(image) if isinstance(image, np.ndarray) else load_image(image)
     old = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size  # width, height
-    new = (size, size) if resize == "squash" else _resized(old, size)
-    corner = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves go to even
+    new, corner = geometry(old, size, resize)
     if _is_for_the_kernel(image, old, new):
         x, y = (
             reference_resize.axis_tables(*lengths, size, interpolation)
@@ -107,6 +106,14 @@ def preprocess(
     pixels -= np.asarray(mean, np.float32)[:, None, None]
     pixels /= np.asarray(std, np.float32)[:, None, None]
     return pixels
+
+
+def geometry(
+    old: tuple[int, int], size: int, resize: str
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What an image of old (width, height) is resized to, and where the crop of size begins."""
+    new = (size, size) if resize == "squash" else _resized(old, size)
+    return new, (round((new[0] - size) / 2), round((new[1] - size) / 2))  # halves go to even
 
 
 def _by_pillow(

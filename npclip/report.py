@@ -23,7 +23,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "cpu backend": _cpu_backend(),
         "threads": threads.get_num_threads(),
         "blas": _blas(np),
-        "cuda backend": "none: not part of this version",
+        "cuda backend": _cuda_backend(),
     }
     if mode == "dicts":
         return config
@@ -42,6 +42,15 @@ def _cpu_backend() -> str:
     best, machine = cpu_library.isas()[0], cpu_library.machine_isas()[0]
     capped = f", capped by NPCLIP_ISA from {machine}" if best != machine else ""
     return f"C kernels, {best}{capped}: {cpu_library.library_path()}"
+
+
+def _cuda_backend() -> str:
+    from . import cuda_device
+
+    if reason := cuda_device.why_unavailable():
+        return f"none: {reason}"
+    devices = map(cuda_device.open_device, range(cuda_device.device_count()))
+    return ", ".join(f"{device} ({device.name})" for device in devices)
 
 
 def _blas(np: Any) -> str:

@@ -37,7 +37,7 @@ class Golden:
 
     @cached_property
     def model(self) -> npclip.CLIP:
-        return npclip.load(self.path)
+        return npclip.load(self.path, device="cpu")
 
 
 @pytest.fixture(scope="session", params=["vit", "resnet"])

@@ -79,7 +79,8 @@ def test_every_op_has_the_signature_of_its_reference():
 
 def test_pack_tokens_keeps_each_row_up_to_its_first_largest_id():
     ids = np.array([[8, 1, 9, 0, 0], [8, 9, 3, 9, 0], [8, 1, 2, 3, 9]])
-    tokens, positions, seqs = ops.pack_tokens(ids)
+    tokens, positions, seqs, last = ops.pack_tokens(ids)
+    assert last.tolist() == (seqs[1:] - 1).tolist()
     assert tokens.tolist() == [8, 1, 9, 8, 9, 8, 1, 2, 3, 9]
     assert positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
     assert seqs.tolist() == [0, 3, 5, 10]

@@ -1,0 +1,293 @@
+"""GPUs, through CuPy: the only module that imports it, when a device is first asked for.
+
+A Device allocates, copies and launches; it knows no op. Work goes to CuPy's current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cuda_launch import Kernel, Launch
+from .errors import BackendError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MIN_CUPY = 14
+MIN_CAPABILITY = 7, 5  # tensor cores with ldmatrix
+INSTALL = "pip install 'npclip[cuda12]' (or 'npclip[cuda13]' for CUDA 13)"
+NUMPY_DTYPES = {
+    "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "i32": np.int32, "u8": np.uint8,
+}  # fmt: skip
+SHARED_BYTES = 48 << 10  # of dynamic shared memory that a kernel may have without asking
+TIMED_RUNS = 7
+KEPT_INDICES = 128  # small index arrays that a Device remembers
+
+
+@functools.cache
+def cupy() -> ModuleType:
+    """CuPy. Raises BackendError where it is missing, too old or broken."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendError(f"no GPU without CuPy ({error}): {INSTALL}") from None
+    if int(cupy.__version__.split(".")[0]) < MIN_CUPY:
+        raise BackendError(f"CuPy {cupy.__version__} is too old, {MIN_CUPY} is needed: {INSTALL}")
+    return cupy
+
+
+def device_count() -> int:
+    """How many GPUs CuPy sees. Raises BackendError where there is no CuPy, no driver or no GPU."""
+    xp = cupy()
+    try:
+        count = int(xp.cuda.runtime.getDeviceCount())
+    except xp.cuda.runtime.CUDARuntimeError as error:
+        raise BackendError(f"CuPy finds no usable GPU: {error}") from None
+    if not count:
+        raise BackendError("CuPy finds no GPU")
+    return count
+
+
+def why_unavailable() -> str | None:
+    """Why there is no GPU to use; None if there is one."""
+    try:
+        open_device(0)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+_devices: dict[int, Device] = {}
+_lock = threading.Lock()
+
+
+def open_device(ordinal: int) -> Device:
+    """The GPU of that number. Raises BackendError where it cannot be used."""
+    with _lock:
+        if ordinal not in _devices:
+            if ordinal >= (count := device_count()):
+                raise BackendError(f"there is no cuda:{ordinal}: CuPy finds {count} GPU(s)")
+            _devices[ordinal] = Device(ordinal)
+        return _devices[ordinal]
+
+
+def device_of(x: Any) -> Device:
+    """The Device on which an array lies."""
+    return _devices.get(x.device.id) or open_device(x.device.id)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """cu_seqlens that lie on a device already."""
+
+    array: Any  # int32 [B + 1]
+    longest: int  # no sequence is longer
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph: what a function put on the stream, to be put there again."""
+
+    graph: Any
+    stream: Any
+    result: Any  # what the function returned: every launch writes it anew
+    kept: tuple[Any, ...]  # what the kernels read and write must live as long
+
+    def launch(self) -> None:
+        """Run everything once more, on the stream on which it was captured."""
+        self.graph.launch(self.stream)
+
+
+class Device:
+    """One GPU. On one that is older than MIN_CAPABILITY, the ops are reference.py's, on CuPy."""
+
+    def __init__(self, ordinal: int) -> None:
+        """Use open_device()."""
+        self.ordinal, self.xp = ordinal, cupy()
+        self.handle = self.xp.cuda.Device(ordinal)
+        with self.handle:
+            properties = self.xp.cuda.runtime.getDeviceProperties(ordinal)
+        self.name = properties["name"].decode()
+        self.capability = properties["major"], properties["minor"]
+        self._start()
+
+    def _start(self) -> None:
+        self._functions: dict[Kernel, Any] = {}
+        self._indices: OrderedDict[tuple[Any, bytes], Any] = OrderedDict()
+        self._lock = threading.RLock()
+
+    can_time = True  # unlike a device of the tests
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the CUDA kernels run here."""
+        return self.capability >= MIN_CAPABILITY
+
+    @functools.cached_property
+    def products(self) -> Any:
+        """What computes linear here (cuda_products.Products)."""
+        from .cuda_products import Products
+
+        return Products(self)
+
+    def __str__(self) -> str:
+        """As load() takes it."""
+        return f"cuda:{self.ordinal}"
+
+    def empty(self, shape: tuple[int, ...], stored: str) -> Any:
+        """An uninitialised array; stored: f16, bf16, f32, i32 or u8."""
+        with self.handle:
+            return self.xp.empty(shape, NUMPY_DTYPES[stored])
+
+    def asarray(self, x: Any) -> Any:
+        """A contiguous array on this GPU: a host array is copied, a device array taken over."""
+        with self.handle:
+            return self.xp.ascontiguousarray(self.xp.asarray(x))
+
+    def take_over(self, x: Any) -> Any:
+        """An array of any library on this GPU, or copied from another, as CuPy's."""
+        with self.handle:
+            is_known = hasattr(x, "__cuda_array_interface__")
+            return self.xp.asarray(x) if is_known else self.xp.from_dlpack(x)
+
+    def asnumpy(self, x: Any) -> Any:
+        """A host copy, when everything before it on the stream is done."""
+        return self.xp.asnumpy(x)
+
+    def copy(self, x: Any) -> Any:
+        """A new array with the values of a device array."""
+        with self.handle:
+            return x.copy()
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """A float array as a model of that dtype stores it: bfloat16 as bit patterns."""
+        with self.handle:
+            if dtype != "bfloat16":
+                return x.astype(dtype, copy=False)
+            bits = x.astype(np.float32, copy=False).view(np.uint32)
+            return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+
+    def widen(self, x: Any) -> Any:
+        """The inverse: float32."""
+        with self.handle:
+            if x.dtype != np.uint16:
+                return x.astype(np.float32, copy=False)
+            return (x.astype(np.uint32) << 16).view(np.float32)
+
+    def fill_up(self, x: Any, rows: int) -> Any:
+        """x with rows of zeros after its own."""
+        if len(x) == rows:
+            return x
+        with self.handle:
+            filled = self.xp.zeros((rows, *x.shape[1:]), x.dtype)
+            filled[: len(x)] = x
+        return filled
+
+    def replay(self, captured: Captured, buffers: list[Any], inputs: tuple[Any, ...]) -> Any:
+        """A copy of the graph's result for these inputs, which take the place of its own."""
+        xp = self.xp
+        with self.handle:
+            current = xp.cuda.get_current_stream()
+            captured.stream.wait_event(current.record())
+            with captured.stream:
+                for buffer, x in zip(buffers, inputs, strict=True):
+                    buffer[...] = x
+                captured.launch()
+                result = captured.result.copy()
+            current.wait_event(captured.stream.record())
+        return result
+
+    def index(self, rows: Any) -> Any:
+        """An int32 array on this GPU; one from the host is remembered by its values."""
+        if hasattr(rows, "__cuda_array_interface__"):
+            return rows
+        rows = np.ascontiguousarray(rows, np.int32)
+        with self._lock:
+            key = rows.shape, rows.tobytes()
+            if key in self._indices:
+                self._indices.move_to_end(key)
+            else:
+                self._indices[key] = self.asarray(rows)
+            while len(self._indices) > KEPT_INDICES:
+                self._indices.popitem(last=False)
+            return self._indices[key]
+
+    def sequences(self, cu_seqlens: Any) -> tuple[Any, int]:
+        """cu_seqlens on this GPU, and the length of the longest sequence."""
+        if isinstance(cu_seqlens, Sequences):
+            return cu_seqlens.array, cu_seqlens.longest
+        return self.index(cu_seqlens), int((cu_seqlens[1:] - cu_seqlens[:-1]).max(initial=0))
+
+    def capture(self, function: Callable[[], Any]) -> Captured:
+        """What function() puts on the stream, as a graph.
+
+        It runs once before that, to compile and choose its kernels. Its arrays come from a memory
+        pool of the graph's own, so that nothing else gets them.
+        """
+        xp = self.xp
+        with self.handle:
+            pool, stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
+            stream.wait_event(xp.cuda.get_current_stream().record())
+            with xp.cuda.using_allocator(pool.malloc), stream:
+                function()
+                stream.synchronize()
+                stream.begin_capture()
+                try:
+                    result = function()
+                finally:
+                    graph = stream.end_capture()
+                kept = (pool, *self._indices.values())
+        return Captured(graph, stream, result, kept)
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """How long what function() puts on the stream takes: the median of a few runs."""
+        xp = self.xp
+        with self.handle:
+            function()
+            events = [xp.cuda.Event() for _ in range(TIMED_RUNS + 1)]
+            for event in events[:-1]:
+                event.record()
+                function()
+            events[-1].record()
+            events[-1].synchronize()
+            milliseconds = [xp.cuda.get_elapsed_time(*pair) for pair in pairwise(events)]
+        return float(np.median(milliseconds)) / 1e3
+
+    def run(self, launch: Launch) -> None:
+        """Put a kernel on the stream."""
+        function = self._function(launch.kernel)
+        if launch.shared > SHARED_BYTES and launch.shared > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = launch.shared
+        arguments = tuple(np.uint64(0) if a is None else a for a in launch.arguments)
+        with self.handle:
+            function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared)
+
+    @functools.cached_property
+    def _compiler(self) -> Path | None:
+        """The NVRTC of CuPy's CUDA version: a driver may refuse what a newer one compiled."""
+        from . import nvrtc
+
+        major = self.xp.cuda.runtime.runtimeGetVersion() // 1000
+        of_cuda = (path for path in nvrtc.libraries() if nvrtc.cuda_version(path)[0] == major)
+        return next(of_cuda, None)
+
+    def _function(self, kernel: Kernel) -> Any:
+        if (function := self._functions.get(kernel)) is None:
+            from . import nvrtc
+
+            with self._lock, self.handle:
+                arch = kernel.arch or nvrtc.target(self.capability, self._compiler)
+                cubin = nvrtc.cubin(kernel.source, f"sm_{arch}", self._compiler)
+                module = self.xp.RawModule(path=str(cubin))
+                function = module.get_function(kernel.symbol)
+                self._functions[kernel] = function
+        return function

@@ -1,0 +1,67 @@
+"""What a CUDA kernel is and how it is launched, as data that device, tests and benchmarks read.
+
+A leaf: nothing here needs a GPU, CuPy or a compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # of a model -> of a symbol
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled variant of a kernel: kernels/{file}.cu with these `#define`s before it."""
+
+    file: str
+    op: str
+    dtype: str  # f16, bf16 or f32
+    defines: tuple[tuple[str, int], ...] = ()
+    arch: str = ""  # the only one it compiles for, if there is only one: "90a"
+
+    @property
+    def symbol(self) -> str:
+        """Its name in the compiled module: {op}_{dtype}."""
+        return f"{self.op}_{self.dtype}"
+
+    @cached_property
+    def source(self) -> str:
+        """The one string that is compiled."""
+        folder = files("npclip.kernels")
+        names = {"DTYPE": self.dtype.upper(), **dict(self.defines)}
+        return "".join(
+            [
+                *(f"#define {name} {value}\n" for name, value in names.items()),
+                (folder / "common.cuh").read_text(),
+                (folder / f"{self.file}.cu").read_text(),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a kernel.
+
+    arguments: in the kernel's order; an array (its address is passed), None (a null pointer),
+    np.int32, np.int64 or np.float32 by value.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: int  # threads, in one dimension
+    shared: int  # bytes of dynamic shared memory
+    arguments: tuple[Any, ...]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def stored(x: Any) -> str:
+    """How an array's values are stored: f16, bf16 (uint16 bit patterns) or f32."""
+    return {"float16": "f16", "uint16": "bf16", "float32": "f32"}[str(x.dtype)]

@@ -1,0 +1,207 @@
+"""Which kernel computes a product: one of ours, or cuBLASLt, whichever is faster.
+
+Each kind of product is timed once on a GPU, with as many rows as the next power of two, and the
+choice kept on disk. $NPCLIP_CUDA_LINEAR names one instead: "own", "cublaslt", or a tiling of
+cuda_linear such as 128x128x32x4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import cublaslt, cuda_linear, cuda_rows
+from .cuda_launch import DTYPES, stored
+from .errors import BackendError, NpclipError
+
+if TYPE_CHECKING:
+    from .cuda_device import Device
+
+Array = Any
+Way = Callable[..., None]  # of x, weight, bias, residual, y
+PLANS = 4  # of cuBLASLt that are timed
+CUBLASLT = "cublaslt"
+MODEL_DTYPES = {kind: dtype for dtype, kind in DTYPES.items()}
+
+
+class Key(NamedTuple):
+    """What a choice depends on."""
+
+    kind: str
+    result: str
+    n: int
+    k: int
+    m: int
+    activation: str | None
+    has_bias: bool
+    has_residual: bool
+    residual_first: bool
+
+
+class Products:
+    """The products of one device. Threads may share it."""
+
+    def __init__(self, device: Device) -> None:
+        """Nothing is loaded or timed before it is needed."""
+        self.device = device
+        self._chosen: dict[Key, str] = {}
+        self._plans: dict[Any, list[cublaslt.Plan]] = {}
+        self._biases: dict[Any, tuple[Array, Array]] = {}
+        self._workspaces: dict[int, Array] = {}
+        self._lock = threading.RLock()
+
+    def run(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array,
+        activation: str | None,
+        residual: Array,
+        y: Array,
+        residual_first: bool = False,
+    ) -> None:
+        """y = activation(x weight^T + bias) + residual, as cuda_linear.linear takes them."""
+        (n, k), m = x.shape, weight.shape[0]
+        rows = 1 << max(0, n - 1).bit_length()
+        has = bias is not None, residual is not None
+        key = Key(stored(x), stored(y), rows, k, m, activation, *has, residual_first)
+        with self._lock:
+            if key not in self._chosen:
+                self._chosen[key] = self._choose(key, x, weight, bias, residual, y)
+        self._way(key, self._chosen[key])(x, weight, bias, residual, y)
+
+    def _choose(self, key: Key, *arrays: Array) -> str:
+        names = list(self._names(key, *arrays))
+        if len(names) == 1 or not self.device.can_time:
+            return names[0]
+        if (known := self._remembered.get(repr(key))) in names:
+            return known
+        x, weight, bias, residual, y = arrays
+        spare = self.device.copy(y)  # a residual may be y itself
+        seconds = {
+            name: self.device.seconds(
+                partial(self._way(key, name), x, weight, bias, residual, spare)
+            )
+            for name in names
+        }
+        best = min(names, key=seconds.__getitem__)
+        self._remember(key, best)
+        return best
+
+    def _names(self, key: Key, *arrays: Array) -> Iterator[str]:
+        """What can compute it, our default first."""
+        wanted = os.environ.get("NPCLIP_CUDA_LINEAR", "")
+        capability = self.device.capability
+        variants = [v for v in cuda_linear.variants(key.kind) if v.runs_on(capability)]
+        named = [str(v) for v in variants if str(v) == wanted]
+        if named:
+            yield from named
+            return
+        plans = self._count_plans(key, *arrays) if wanted != "own" else 0
+        if wanted == CUBLASLT and plans:
+            yield f"{CUBLASLT} 0"
+            return
+        default = cuda_linear.default_variant(key.kind, key.n, key.m, capability)
+        yield str(default)
+        yield from (str(v) for v in variants if v != default)
+        yield from (f"{CUBLASLT} {i}" for i in range(plans))
+
+    def _count_plans(self, key: Key, x: Array, weight: Array, *_: Array) -> int:
+        if key.activation and key.has_residual and not key.residual_first:
+            return 0  # it adds before our activation could come
+        if self._library is None:
+            return 0
+        with contextlib.suppress(BackendError):
+            return len(self._plans_of(key, x, weight))
+        return 0
+
+    def _plans_of(self, key: Key, x: Array, weight: Array) -> list[cublaslt.Plan]:
+        (n, k), m = x.shape, len(weight)
+        strides = (a.strides[0] // a.dtype.itemsize for a in (x, weight))
+        shape = n, k, m, key.kind, key.result, *strides, m, key.has_bias, key.has_residual
+        if shape not in self._plans:
+            self._plans[shape] = self._library.plan(*shape, PLANS)
+        return self._plans[shape]
+
+    def _way(self, key: Key, name: str) -> Way:
+        library, _, plan = name.partition(" ")
+        if library == CUBLASLT:
+            return partial(self._by_cublaslt, key, int(plan))
+        variant = next(v for v in cuda_linear.variants(key.kind) if str(v) == name)
+        return partial(self._by_kernel, key, variant)
+
+    def _by_kernel(self, key: Key, variant: Any, x: Array, w: Array, bias: Array, r: Array,
+                   y: Array) -> None:  # fmt: skip
+        first = key.residual_first
+        launch = cuda_linear.linear(x, w, bias, key.activation, r, y, variant, first)
+        self.device.run(launch)
+
+    def _by_cublaslt(self, key: Key, index: int, x: Array, w: Array, bias: Array, r: Array,
+                     y: Array) -> None:  # fmt: skip
+        plans = self._plans_of(key, x, w)
+        plan = plans[min(index, len(plans) - 1)]
+        bias = self._bias(bias, key.result)
+        addresses = (None if a is None else a.data.ptr for a in (x, w, bias, r, y))
+        stream = self.device.xp.cuda.get_current_stream().ptr
+        self._library.run(plan, *addresses, self._workspace(stream).data.ptr, stream)
+        if key.activation:
+            self.device.run(cuda_rows.activate(y, key.activation))
+
+    def _bias(self, bias: Array, kind: str) -> Array:
+        """A bias stored as cuBLASLt wants it, kept with the one that it was made from."""
+        if bias is None or kind == "f32":
+            return bias
+        key = id(bias), kind
+        if key not in self._biases:
+            self._biases[key] = bias, self.device.cast(bias, MODEL_DTYPES[kind])
+        return self._biases[key][1]
+
+    def _workspace(self, stream: int) -> Array:
+        """A stream's own: its products come one after another."""
+        with self._lock:
+            if stream not in self._workspaces:
+                self._workspaces[stream] = self.device.empty((cublaslt.WORKSPACE_BYTES,), "u8")
+            return self._workspaces[stream]
+
+    @cached_property
+    def _library(self) -> Any:
+        """cuBLASLt, or None where there is none."""
+        if not self.device.can_time:
+            return None
+        with contextlib.suppress(BackendError), self.device.handle:
+            return cublaslt.CublasLt()
+        return None
+
+    @cached_property
+    def _file(self) -> Path | None:
+        """Where the choices of this GPU are kept."""
+        from . import hub
+
+        name = "-".join([*self.device.name.split(), *map(str, self.device.capability)])
+        with contextlib.suppress(NpclipError):
+            return hub.cache_directory() / "products" / f"{name}.json"
+        return None
+
+    @cached_property
+    def _remembered(self) -> dict[str, str]:
+        try:
+            found = json.loads(self._file.read_text()) if self._file else {}
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _remember(self, key: Key, name: str) -> None:
+        self._remembered[repr(key)] = name
+        if not self._file:
+            return
+        with contextlib.suppress(OSError):  # without a cache it is timed anew
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            part = self._file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(self._remembered, indent=0, sort_keys=True))
+            part.replace(self._file)

@@ -1,0 +1,250 @@
+"""attention.cu against kernels/reference.py in float64, on the shim, as PTX, and through NVRTC.
+
+The rule: a kernel errs by at most one rounding of its dtype and twice what the reference errs in
+float32 where it rounds the weights of the keys as the kernel does. Rows outside the sequences are
+NaN in the inputs, so that reading one shows, and must stay NaN in the results.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from cuda import gate, ptx, shim
+
+from npclip import cuda_attention
+from npclip.cuda_launch import Launch
+from npclip.kernels import reference
+from npclip.weights import from_bfloat16, to_bfloat16
+
+EPSILON = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}  # half of a step between values
+TINY = {"f16": 2.0**-25, "bf16": 0.0, "f32": 0.0}  # the same of subnormal values
+OUTSIDE = 2  # rows before the first and after the last sequence
+HEADS = 2
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.default_rng().integers(1 << 32))
+    print(f"seed {seed}")  # shown where a test fails
+    return np.random.default_rng(seed)
+
+
+def on_shim(order=0):
+    def run(launch: Launch) -> None:
+        statistics = shim.run(launch, order=order)
+        assert statistics.bank_conflicts == 0
+
+    return run
+
+
+def on_ptx(arch):
+    def run(launch: Launch) -> None:
+        statistics = ptx.run(launch, arch)
+        assert statistics.races == 0, statistics.race_at
+        assert statistics.uninitialised == 0
+        assert statistics.bank_conflicts == 0
+
+    return run
+
+
+def narrow(x, kind):
+    """As a kernel of that kind stores it."""
+    if kind == "bf16":
+        return to_bfloat16(np.asarray(x, np.float32))
+    return np.ascontiguousarray(x, {"f16": np.float16, "f32": np.float32}[kind])
+
+
+def widen(x, dtype=np.float64):
+    return (from_bfloat16(x) if x.dtype == np.uint16 else x).astype(dtype)
+
+
+def rounded(x, kind):
+    return widen(narrow(x, kind), np.float32)
+
+
+def baseline(q, k, v, kind, causal):
+    """Attention of one head in float32, whose weights are rounded to a kind before they weigh."""
+    s = q @ k.T * np.float32(q.shape[1] ** -0.5)
+    if causal:
+        s[np.triu_indices(len(s), 1)] = -np.inf
+    weights = np.exp(s - s.max(1, keepdims=True))
+    return rounded(weights, kind) @ v / weights.sum(1, keepdims=True)
+
+
+def assert_close(found, wanted, base, kind):
+    error, slack = np.abs(widen(found) - wanted), 2 * np.abs(base - wanted).max(initial=0)
+    slack += 4 * 2.0**-24 * np.abs(wanted).max(initial=0)
+    bound = slack + EPSILON[kind] * (np.abs(wanted) + slack) + TINY[kind]
+    assert np.isfinite(error).all(), "reads what is not its own, or leaves something unwritten"
+    assert (error <= bound).all(), f"error {error.max():.3g}, slack {slack:.3g}"
+
+
+def sequences(lengths):
+    """cu_seqlens, and the number of rows."""
+    seqs = np.cumsum([OUTSIDE, *lengths], dtype=np.int32)
+    return seqs, int(seqs[-1]) + OUTSIDE
+
+
+def packed(rng, kind, seqs, n, width, scale):
+    x = np.full((n, width), np.nan, np.float32)
+    x[seqs[0] : seqs[-1]] = rng.standard_normal((seqs[-1] - seqs[0], width)) * scale
+    return narrow(x, kind)
+
+
+def check_attention(run, rng, kind, width, lengths, causal=False, scale=1.0, longest=None):
+    seqs, n = sequences(lengths)
+    qkv = packed(rng, kind, seqs, n, 3 * HEADS * width, scale)
+    o = narrow(np.full((n, HEADS * width), np.nan), kind)
+    longest = longest or max(lengths)
+    run(cuda_attention.attention(qkv, seqs, o, HEADS, longest, causal))
+    inside = slice(seqs[0], seqs[-1])
+    assert np.isnan(widen(o[: seqs[0]])).all()
+    assert np.isnan(widen(o[seqs[-1] :])).all()
+    filled = np.append(0, np.cumsum([length for length in lengths if length]))
+    if len(filled) == 1:
+        return
+    wanted = reference.attention(widen(qkv[inside]), filled, HEADS, causal)
+    heads = widen(qkv[inside], np.float32).reshape(-1, 3, HEADS, width)
+    base = np.empty((len(heads), HEADS, width), np.float32)
+    rounding = "f32" if width % 8 else kind  # on tensor cores only
+    for i, j in pairwise(filled):
+        for head in range(HEADS):
+            q, k, v = heads[i:j, :, head].transpose(1, 0, 2)
+            base[i:j, head] = baseline(q, k, v, rounding, causal)
+    assert_close(o[inside], wanted, base.reshape(wanted.shape), kind)
+
+
+def check_pool(run, rng, kind, width, lengths, scale=1.0):
+    seqs, n = sequences(lengths)
+    kv = packed(rng, kind, seqs, n, 2 * HEADS * width, scale)
+    q = narrow(rng.standard_normal((len(lengths), HEADS * width)) * scale, kind)
+    o = narrow(np.full(q.shape, np.nan), kind)
+    run(cuda_attention.attention_pool(q, kv, seqs, o, HEADS, max(lengths)))
+    has_keys = np.array(lengths) > 0
+    assert not o[~has_keys].any()
+    if not has_keys.any():
+        return
+    filled = np.append(0, np.cumsum([length for length in lengths if length]))
+    wanted, base = (
+        reference.attention_pool(
+            widen(q[has_keys], dtype), widen(kv[seqs[0] : seqs[-1]], dtype), filled, HEADS
+        )
+        for dtype in (np.float64, np.float32)
+    )
+    assert_close(o[has_keys], wanted, base, kind)
+
+
+SHORT = [1, 2, 7, 15, 16, 17, 0, 50, 64, 65, 77, 80]  # all lengths where something changes
+LONG = [1, 17, 0, 64, 65, 81, 197]
+CASES = [
+    ("f16", 64, [31, 32, 1]),
+    ("f16", 16, [50, 64, 33]),
+    *(
+        (kind, width, SHORT)
+        for kind, width in (("f16", 64), ("f16", 88), ("f16", 128), ("bf16", 64))
+    ),
+    *(("f16", width, LONG) for width in (8, 64, 80, 104, 128)),
+    ("bf16", 64, LONG),
+    ("f16", 33, [1, 31, 0, 33, 50, 81]),
+    ("f32", 33, [1, 31, 32, 33, 65]),
+    ("f32", 64, [50, 77, 0, 7]),
+    ("f32", 128, [17, 64]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{max(c[2])}")
+def test_attention(rng, case):
+    kind, width, lengths = case
+    for order, causal in ((0, False), (1, True), (7, False)):
+        check_attention(on_shim(order), rng, kind, width, rng.permutation(lengths), causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences(rng, causal):
+    check_attention(on_shim(), rng, "f16", 64, [257], causal)
+    check_attention(on_shim(), rng, "f16", 64, [50, 1], causal, longest=257)
+
+
+POOL_LENGTHS = [1, 2, 7, 0, 16, 17, 50, 65, 77, 197, 257]
+POOL_CASES = [("f16", 64), ("f16", 80), ("f16", 33), ("bf16", 64), ("f32", 64), ("f32", 104)]
+
+
+@pytest.mark.parametrize(("kind", "width"), POOL_CASES)
+def test_attention_pool(rng, kind, width):
+    for order in (0, 1, 7):
+        check_pool(on_shim(order), rng, kind, width, rng.permutation(POOL_LENGTHS))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
+def test_scores_of_hundreds(rng, kind):
+    """Their exponentials overflow where the maximum is not subtracted first."""
+    for lengths in ([50, 77], [197]):
+        check_attention(on_shim(), rng, kind, 64, lengths, scale=8.0)
+    check_attention(on_shim(), rng, kind, 64, [77], True, scale=8.0)
+    check_pool(on_shim(), rng, kind, 64, [1, 50, 197], scale=8.0)
+
+
+def test_only_empty_sequences(rng):
+    for longest in (1, 77, 257):
+        check_attention(on_shim(), rng, "f16", 64, [0, 0], longest=longest)
+    check_attention(on_shim(), rng, "f32", 64, [0, 0])
+    check_pool(on_shim(), rng, "f16", 64, [0, 0])
+
+
+@pytest.mark.parametrize("arch", ["75", "80", "90"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
+def test_as_compiled(rng, kind, arch):
+    if kind == "bf16" and arch == "75":
+        pytest.skip("no bfloat16 before sm_80")
+    run = on_ptx(arch)
+    check_attention(run, rng, kind, 64, [50, 0, 3])
+    check_attention(run, rng, kind, 64, [66], causal=True)
+    check_pool(run, rng, kind, 64, [50, 3, 0, 65])
+    if kind == "f16":
+        check_attention(run, rng, kind, 64, [3, 81])
+        check_attention(run, rng, kind, 88, [81], causal=True)
+        check_attention(run, rng, kind, 33, [33, 1])
+        check_pool(run, rng, kind, 80, [7, 17])
+        check_pool(run, rng, kind, 33, [20])
+
+
+def launch_of(kind, width, longest):
+    """A launch for sequences up to that length; None: attention_pool."""
+    seqs = np.zeros(2, np.int32)
+    qkv, kv, o = (narrow(np.zeros((1, parts * width)), kind) for parts in (3, 2, 1))
+    if longest is None:
+        return cuda_attention.attention_pool(o, kv, seqs, o, 1, 1)
+    return cuda_attention.attention(qkv, seqs, o, 1, longest, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "longest", "archs", "registers"),
+    [  # registers: of which an SM has 65536, enough for two blocks of SHORT, three of LONG at least
+        ("f16", 64, 64, gate.ARCHS, 128),
+        ("f16", 64, 80, ("75", "80", "120"), 128),
+        ("f16", 64, 257, gate.ARCHS, 144),
+        ("f16", 64, None, ("75", "90"), 128),
+        ("bf16", 64, 257, ("80", "120"), 144),
+        ("f16", 80, 257, ("75", "90", "100"), 168),
+        ("f16", 104, 80, ("75", "90", "120"), 160),
+        ("f16", 104, 257, ("75", "90", "120"), 184),
+        ("f16", 128, 257, ("75", "120"), 200),
+        ("f32", 64, 257, ("75", "90"), 128),
+        ("f32", 128, None, ("75",), 128),
+    ],
+)
+def test_compiles(kind, width, longest, archs, registers):
+    gate.assert_compiles(launch_of(kind, width, longest).kernel, archs, registers)
+
+
+def test_shared_memory_fits():
+    """64 KB is what the oldest architecture has."""
+    for kind in ("f16", "f32"):
+        for width in range(1, cuda_attention.MAX_HEAD_WIDTH + 1):
+            for longest in (*cuda_attention.SHORT_KEYS, 257, None):
+                assert launch_of(kind, width, longest).shared <= 64 << 10
+
+
+def test_too_wide_heads_are_refused():
+    with pytest.raises(ValueError, match="129"):
+        launch_of("f16", 129, 80)

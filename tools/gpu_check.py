@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Check and time npclip on this machine's GPU, in one command and a given time.
+
+    python tools/gpu_check.py --budget 540 --out results
+    python tools/gpu_check.py --budget 120 --out results --stages kernels,timings
+
+Every stage runs in a process of its own and has its own time limit: a share of what is left, so
+that what one stage does not need goes to the later ones. A stage that fails or takes too long is
+recorded with its error, and with what it had found until then, and the others go on. After each
+stage results/gpu_check.json is written anew, and at the end results/gpu_check.md, which is printed.
+
+    environment   the GPU, versions, measured rates: copies, an 8192^3 matrix product
+    goldens       what single instructions compute, into results/goldens.npz (tests/cuda)
+    compile       the kernels of all matrix products, on all cores; they are kept on disk
+    kernels       every op, dtype and shape against float64: outputs poisoned, three equal repeats
+    sanitizer     compute-sanitizer's memcheck and racecheck, of tiny shapes
+    timings       every op: GB/s and TFLOP/s, and how much that is of the measured rates
+    products      matrix products: every way to compute them, by shape
+    launches      what a launch costs, alone and in a graph; two threads at once
+    models        whole towers of random models, batches 1 to 1024
+    peers-*       the same beside torch (eager, torch.compile), ONNX Runtime and TensorRT
+
+Without a GPU every stage that needs one is recorded as skipped. The exit status is 1 if a stage
+failed, took too long, or found a wrong result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpu_report
+from gpu_journal import Journal, run_process, write_json, write_whole
+
+RESERVE = 2.0  # seconds for the report
+MARGIN = 0.9  # of its time limit, a stage plans with so much
+LOG_LINES = 15  # of what a stage that broke off has printed
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of a module beside this file, called with a Journal, a folder and options."""
+
+    module: str
+    function: str
+    share: float  # of the time: in seconds, where the whole is 600
+    options: tuple[Any, ...] = ()
+    is_default: bool = True
+
+
+STAGES = {
+    "environment": Stage("gpu_rates", "environment", 25),
+    "goldens": Stage("gpu_goldens", "golden_stage", 20),
+    "compile": Stage("gpu_products", "compile_stage", 25),
+    "kernels": Stage("gpu_kernels", "check_stage", 70),
+    "sanitizer": Stage("gpu_kernels", "sanitizer_stage", 45),
+    "timings": Stage("gpu_kernels", "timing_stage", 40),
+    "products": Stage("gpu_products", "product_stage", 40),
+    "launches": Stage("gpu_models", "launch_stage", 25),
+    "models": Stage("gpu_models", "model_stage", 105),
+    "peers-B/32": Stage("gpu_peers", "peer_stage", 80, ("ViT-B/32", "image")),
+    "peers-L/14": Stage("gpu_peers", "peer_stage", 70, ("ViT-L/14", "image")),
+    "peers-text": Stage("gpu_peers", "peer_stage", 35, ("ViT-B/32", "text")),
+    "peers-L/14@336": Stage("gpu_peers", "peer_stage", 30, ("ViT-L/14@336px", "image")),
+    "peers-B/16": Stage("gpu_peers", "peer_stage", 25, ("ViT-B/16", "image")),
+    "tiny": Stage("gpu_kernels", "tiny_stage", 30, is_default=False),  # for compute-sanitizer
+}
+
+
+def allowance(left: float, names: list[str]) -> float:
+    """Seconds for the first of the stages that are still to be run."""
+    shares = [STAGES[name].share for name in names]
+    return max(0.0, left) * shares[0] / sum(shares)
+
+
+def chosen_stages(text: str | None) -> list[str]:
+    """Names of stages, in the order of STAGES; "peers" stands for all that begin so."""
+    if text is None:
+        return [name for name, stage in STAGES.items() if stage.is_default]
+    words = text.split(",")
+    for word in words:
+        if not any(name == word or name.startswith(f"{word}-") for name in STAGES):
+            raise ValueError(f"no stage {word!r}, but: {', '.join(STAGES)}")
+    return [n for n in STAGES if any(n == w or n.startswith(f"{w}-") for w in words)]
+
+
+def run_stage(name: str, seconds: float, out: Path, work: Path) -> dict[str, Any]:
+    """Run a stage in a process of its own; what it found, whatever happened to it."""
+    slug = name.replace("/", "-")
+    path, log = work / f"{slug}.json", work / f"{slug}.log"
+    folders = ["--out", str(out), "--work", str(work)]
+    command = [sys.executable, __file__, "--run", name, "--budget", str(seconds), *folders]
+    start = time.monotonic()
+    code = run_process(command, seconds, log)
+    empty = {"status": "running", "reason": "", "facts": {}, "rows": []}
+    result = json.loads(path.read_text()) if path.exists() else empty
+    if result["status"] == "running":
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        how = f"took more than {seconds:.0f} s" if code is None else f"ended with status {code}"
+        result["status"] = "timed out" if code is None else "failed"
+        result["reason"] = f"{how}\n{tail}".strip()
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def run_here(name: str, seconds: float, out: Path, work: Path) -> None:
+    """Run a stage in this process."""
+    stage, slug = STAGES[name], name.replace("/", "-")
+    journal = Journal(work / f"{slug}.json", MARGIN * seconds)
+    try:
+        function = getattr(importlib.import_module(stage.module), stage.function)
+        reason = function(journal, out, work, *stage.options)
+    except Exception:
+        traceback.print_exc()
+        journal.close("failed", traceback.format_exc(limit=-4))
+    else:
+        journal.close("skipped" if reason else "done", reason or "")
+
+
+def run_all(names: list[str], budget: float, out: Path) -> dict[str, Any]:
+    """Run stages one after the other within the budget; write and return all their results."""
+    end = time.monotonic() + budget - RESERVE
+    path = out / "gpu_check.json"
+    old = json.loads(path.read_text())["stages"] if path.exists() else {}
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "budget": budget,
+        "python": platform.python_version(),
+        "stages": {name: old[name] for name in STAGES if name in old and name not in names},
+    }
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
+        for i, name in enumerate(names):
+            seconds = allowance(end - time.monotonic(), names[i:])
+            print(f"{name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
+            results["stages"][name] = run_stage(name, seconds, out, Path(work))
+            write_json(path, results)
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; --run and --work are for the processes that this program starts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    known = ", ".join(name for name in STAGES if STAGES[name].is_default)
+    parser.add_argument("--stages", metavar="LIST", help=f"of: {known}")
+    parser.add_argument("--run", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages, print the tables."""
+    line = parser()
+    args = line.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.run:
+        run_here(args.run, args.budget, args.out, args.work or args.out)
+        return 0
+    try:
+        names = chosen_stages(args.stages)
+    except ValueError as error:
+        line.error(str(error))
+    results = run_all(names, args.budget, args.out)
+    text = gpu_report.markdown(results)
+    write_whole(args.out / "gpu_check.md", text)
+    print(text, end="")
+    return 1 if gpu_report.failures(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
