@@ -15,13 +15,12 @@ import numpy as np
 
 from . import cuda_attention, cuda_images, cuda_linear, cuda_rows
 from .cuda_device import Device, device_of
-from .cuda_launch import DTYPES, ceil_div, stored
+from .cuda_launch import DTYPES, MODEL_DTYPES, ceil_div, stored
 from .kernels import reference
 from .weights import to_bfloat16, to_float16
 
 Array = Any
 WINDOW_VALUES = 1 << 28  # of a convolution's windows, at a time
-MODEL_DTYPES = {kind: dtype for dtype, kind in DTYPES.items()}
 CONVERT: dict[str, Any] = {
     "f16": to_float16, "bf16": to_bfloat16, "f32": partial(np.asarray, dtype=np.float32),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # of a model -> of a symbol
+MODEL_DTYPES = {kind: dtype for dtype, kind in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Kernel:
     op: str
     dtype: str  # f16, bf16 or f32
     defines: tuple[tuple[str, int], ...] = ()
+    headers: tuple[str, ...] = ("common.cuh",)
     arch: str = ""  # the only one it compiles for, if there is only one: "90a"
 
     @property
@@ -36,7 +38,7 @@ class Kernel:
         return "".join(
             [
                 *(f"#define {name} {value}\n" for name, value in names.items()),
-                (folder / "common.cuh").read_text(),
+                *((folder / header).read_text() for header in self.headers),
                 (folder / f"{self.file}.cu").read_text(),
             ]
         )

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from . import cuda_rows
 from .cuda_launch import Kernel, Launch, ceil_div, stored
 
 Array = Any
 
+ACTIVATIONS: dict[str | None, int] = {None: 0, **cuda_rows.ACTIVATIONS}
+HEADERS = "common.cuh", "linear.cuh"
 ALIGNMENT = 8  # values that the length and the stride of a row are a multiple of
-ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2, "relu": 3}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _kernel(
     if not variant.arch and dtype != "f32":
         defines |= zip(("WARPS_N", "WARPS_M", "WARPS_K"), variant.warps, strict=True)
     file = "linear_hopper" if variant.arch else "linear"
-    return Kernel(file, "linear", dtype, tuple(defines.items()), variant.arch)
+    return Kernel(file, "linear", dtype, tuple(defines.items()), HEADERS, variant.arch)
 
 
 def _threads(variant: Variant) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import cublaslt, cuda_linear, cuda_rows
-from .cuda_launch import DTYPES, stored
+from .cuda_launch import MODEL_DTYPES, stored
 from .errors import BackendError, NpclipError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ Array = Any
 Way = Callable[..., None]  # of x, weight, bias, residual, y
 PLANS = 4  # of cuBLASLt that are timed
 CUBLASLT = "cublaslt"
-MODEL_DTYPES = {kind: dtype for dtype, kind in DTYPES.items()}
 
 
 class Key(NamedTuple):
@@ -50,7 +49,7 @@ class Products:
     def __init__(self, device: Device) -> None:
         """Nothing is loaded or timed before it is needed."""
         self.device = device
-        self._chosen: dict[Key, str] = {}
+        self._chosen: dict[Key, Way] = {}
         self._plans: dict[Any, list[cublaslt.Plan]] = {}
         self._biases: dict[Any, tuple[Array, Array]] = {}
         self._workspaces: dict[int, Array] = {}
@@ -73,8 +72,9 @@ class Products:
         key = Key(stored(x), stored(y), rows, k, m, activation, *has, residual_first)
         with self._lock:
             if key not in self._chosen:
-                self._chosen[key] = self._choose(key, x, weight, bias, residual, y)
-        self._way(key, self._chosen[key])(x, weight, bias, residual, y)
+                name = self._choose(key, x, weight, bias, residual, y)
+                self._chosen[key] = self._way(key, name)
+        self._chosen[key](x, weight, bias, residual, y)
 
     def _choose(self, key: Key, *arrays: Array) -> str:
         names = list(self._names(key, *arrays))
