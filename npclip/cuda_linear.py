@@ -16,7 +16,7 @@ from .cuda_launch import Kernel, Launch, ceil_div, stored
 
 Array = Any
 
-ACTIVATIONS: dict[str | None, int] = {None: 0, **cuda_rows.ACTIVATIONS}
+ACTIVATIONS = dict[str | None, int](cuda_rows.ACTIVATIONS) | {None: 0}
 HEADERS = "common.cuh", "linear.cuh"
 ALIGNMENT = 8  # values that the length and the stride of a row are a multiple of
 
