@@ -1,8 +1,8 @@
 // patchify: each P x P patch of the images as one row                     reference.py::patchify
-// patchify_u8: the same of bytes [B, H, W, 3], as x scale[c] + shift[c]
+// patchify_u8: the same of bytes [B, H, W, 3], as table[c][byte]: to the bits of preprocessing on the host
 //
 // images [B, C, H, W] values or [B, H, W, 3] uint8 -> rows [B G G', padded] values, G = H / P, G' = W / P;
-// what is in a row after its C P P values is 0. scale, shift [3] float.
+// what is in a row after its C P P values is 0. table [3, 256] float.
 //
 //      P                                    A thread writes one chunk of one row. Its values are next to
 //    +----+----+----+        padded         each other in the image but for the ends of lines, so what
@@ -60,9 +60,8 @@ SYMBOL(patchify)(const value *__restrict__ images, value *__restrict__ rows, int
 }
 
 KERNEL(THREADS)
-SYMBOL(patchify_u8)(const uint8_t *__restrict__ images, const float *__restrict__ scale,
-                    const float *__restrict__ shift, value *__restrict__ rows, int n, int padded, int height,
-                    int width) {
+SYMBOL(patchify_u8)(const uint8_t *__restrict__ images, const float *__restrict__ table,
+                    value *__restrict__ rows, int n, int padded, int height, int width) {
     Place p = this_place(n, padded, height, width);
     if (!p.inside) return;
     const uint8_t *image = images + (int64_t)p.image * height * width * 3;
@@ -73,7 +72,7 @@ SYMBOL(patchify_u8)(const uint8_t *__restrict__ images, const float *__restrict_
         float pixel = 0.0f;
         if (channel < 3) {
             int64_t at = ((int64_t)(p.top + y) * width + p.left + x) * 3 + channel;
-            pixel = image[at] * scale[channel] + shift[channel];
+            pixel = table[channel * 256 + image[at]];
         }
         c.v[e] = from_float(pixel);
     }

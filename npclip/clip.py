@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Float32: TypeAlias = NDArray[np.float32]
+Method = TypeVar("Method", bound=Callable[..., Any])
 TOWERS = ("image", "text")
 # These bound the memory of a forward pass whatever the input's length.
 PIXELS_PER_BATCH = {"cpu": 32 * 224 * 224, "cuda": 256 * 224 * 224}
+MAX_IMAGES = 65535  # in a batch: the length of a grid of CUDA's blocks
 TEXTS_PER_BATCH = {"cpu": 64, "cuda": 1024}
 
 
@@ -119,6 +121,17 @@ class Visual:
     output_dim: int
 
 
+def _on_its_device(method: Method) -> Method:
+    """The method of a CLIP, with the model's GPU as the current one."""
+
+    @wraps(method)
+    def call(self: CLIP, *args: Any, **kwargs: Any) -> Any:
+        with self._towers.device.handle if self._towers else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return cast("Method", call)
+
+
 class CLIP:
     """A loaded model. Its methods change nothing, so threads may share it."""
 
@@ -140,7 +153,7 @@ class CLIP:
         if device != "cpu":
             from .cuda_towers import Towers
 
-            self._towers = Towers(ops.open_device(device), params, config, dtype)
+            self._towers = Towers(ops.open_device(device), params, config, metadata, dtype)
 
     def __iter__(self) -> Iterator[CLIP | Callable[..., Float32]]:
         """`model, preprocess = load(...)`"""
@@ -182,11 +195,13 @@ class CLIP:
         meta, size = self.metadata, self.config.image_resolution
         return preprocess(image, size, meta.mean, meta.std, meta.resize, meta.interpolation)
 
+    @_on_its_device
     def encode_image(self, x: Any, normalize: bool = False) -> Float32:
         """Image embeddings, float32: one image gives [E], several [B, E], none [0, E].
 
         x: an image (path, encoded bytes, PIL image, uint8 RGB array [H, W, 3], or the float
             [3, R, R] that preprocess returns), a list or iterator of those, or float [B, 3, R, R].
+            Arrays may be of any library with DLPack, on the host or an NVIDIA GPU.
             Iterators are consumed in batches, so memory stays bounded.
         normalize: divide each embedding by its L2 norm.
 
@@ -194,20 +209,22 @@ class CLIP:
         one, InputTypeError for anything else.
         """
         resolution = self.config.image_resolution
-        batch_size = max(1, PIXELS_PER_BATCH[self._kind] // resolution**2)
+        batch_size = min(max(1, PIXELS_PER_BATCH[self._kind] // resolution**2), MAX_IMAGES)
         params = self._tower("image")
         if self._towers and (on_device := self._towers.as_device_images(x)) is not None:
-            batches, single = self._towers.image_batches(on_device, self.metadata, batch_size)
+            batches, single = self._towers.image_batches(on_device, batch_size)
         else:
             batches, single = inputs.image_batches(x, self.preprocess, resolution, batch_size)
         on_host = partial(encode_image, p=params, config=self.config)
         encode = self._towers.encode_image if self._towers else on_host
         return self._encode(encode, batches, single, normalize)
 
+    @_on_its_device
     def encode_text(self, x: Any, normalize: bool = False, truncate: bool = False) -> Float32:
         """Text embeddings, float32: one text gives [E], several [B, E], none [0, E].
 
-        x: str, a list or iterator of str, or token ids (integers [B, 77] or [77]).
+        x: str, a list or iterator of str, or token ids (integers [B, 77] or [77], on the host or
+            an NVIDIA GPU).
         normalize: divide each embedding by its L2 norm.
         truncate: cut texts of more than context_length tokens instead of raising
             TextTooLongError.
@@ -223,6 +240,7 @@ class CLIP:
         encode = self._towers.encode_text if self._towers else on_host
         return self._encode(encode, batches, single, normalize)
 
+    @_on_its_device
     def __call__(self, image: Any, text: Any) -> tuple[Float32, Float32]:
         """logits_per_image [I, T] and logits_per_text [T, I]: exp(logit_scale) * cosine.
 
@@ -233,6 +251,7 @@ class CLIP:
         logits_per_image = np.exp(self.logit_scale) * images @ texts.T
         return logits_per_image, logits_per_image.T
 
+    @_on_its_device
     def classify(
         self, image: Any, labels: Iterable[str], template: str = "a photo of a {}."
     ) -> Float32:
@@ -302,7 +321,9 @@ def softmax(x: Any) -> Float32:
 
     Raises InputError where there is no last axis or nothing on it.
     """
-    x = x if ops.is_device_array(x) else np.asarray(x)
+    on_device = ops.is_device_array(x)
+    x = x if on_device else np.asarray(x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise InputError(f"softmax needs at least one value, not an array {list(x.shape)}")
-    return ops.softmax(x if x.dtype in (np.float32, np.float64) else x.astype(np.float32))
+    with x.device if on_device else nullcontext():
+        return ops.softmax(x if x.dtype in (np.float32, np.float64) else x.astype(np.float32))

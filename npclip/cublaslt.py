@@ -44,6 +44,8 @@ CUBLASLT_MATMUL_DESC_TRANSB = 4
 CUBLASLT_MATMUL_DESC_EPILOGUE = 7
 CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8
 CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1
+CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3
+CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2
 CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5
 CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6
 CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7
@@ -120,6 +122,11 @@ class CublasLt:
         self._lt("cublasLtCreate", byref(self._handle))
         self._end = _at_end(self, self._lt, [("cublasLtDestroy", self._handle)])
 
+    @property
+    def version(self) -> int:
+        """cuBLASLt's own, as 120905."""
+        return self._lt.version()
+
     def close(self) -> None:
         """Free what it has. Done by itself when nobody refers to it any more."""
         self._end()
@@ -155,6 +162,8 @@ class CublasLt:
         try:
             workspace = c_uint64(WORKSPACE_BYTES)
             self._prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace)
+            in_float32 = c_uint32(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)
+            self._prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, in_float32)
             for attribute in ALIGNMENTS:
                 self._prefer(preference, attribute, c_uint32(ALIGNMENT_BYTES))
             results, found = (HeuristicResult * count)(), c_int()
@@ -193,7 +202,7 @@ class CublasLt:
         """Put a product on a stream. All are addresses, multiples of ALIGNMENT_BYTES.
 
         bias, residual: None exactly where the plan has none; residual may be y.
-        workspace: of WORKSPACE_BYTES.
+        workspace: of plan.workspace_bytes.
         """
         product = plan.product
         if (bias is not None) != product.has_bias or (residual is not None) != product.has_residual:
@@ -218,7 +227,7 @@ class CublasLt:
                 y_layout,
                 byref(plan.algorithm),
                 workspace,
-                WORKSPACE_BYTES,
+                plan.workspace_bytes,
                 stream,
             )
 
@@ -289,12 +298,17 @@ class Library:
                 getattr(c, name).argtypes = types
             c.cublasLtGetStatusName.argtypes = (c_int,)
             c.cublasLtGetStatusName.restype = ctypes.c_char_p
+            c.cublasLtGetVersion.restype = c_size_t
         except AttributeError as error:
             raise BackendError(f"this cuBLASLt is too old: {error}. {INSTALL}") from None
 
     def __call__(self, function: str, *arguments: Any) -> None:
         """Call a function. Raises BackendError, with the name of its status, if it fails."""
         self.check(function, self.status(function, *arguments))
+
+    def version(self) -> int:
+        """What cublasLtGetVersion returns."""
+        return int(self._c.cublasLtGetVersion())
 
     def status(self, function: str, *arguments: Any) -> int:
         """Call a function for its status."""

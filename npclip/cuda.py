@@ -40,6 +40,37 @@ class Matrix:
         return len(self.shape)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Pixels as bytes, which patchify normalises: stands for their float [B, 3, H, W]."""
+
+    array: Array  # uint8 RGB [B, H, W, 3]
+    table: Array  # float32 [3, 256], reference_resize.normalize_table
+    kind: str  # how patchify stores what it returns
+
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of what it stands for."""
+        batch, height, width, channels = self.array.shape
+        return batch, channels, height, width
+
+    def __len__(self) -> int:
+        """B"""
+        return len(self.array)
+
+    @property
+    def device(self) -> Any:
+        """As CuPy's arrays have it."""
+        return self.array.device
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        """Marks what lies on a GPU."""
+        return self.array.__cuda_array_interface__
+
+
 def place(params: Any, device: Device, dtype: str, float32_layers: tuple[str, ...]) -> Any:
     """Parameters as the ops here take them: matrices and tokens as dtype, the rest as float32.
 
@@ -139,14 +170,19 @@ def add_layer_norm(
     return total, y
 
 
-def patchify(images: Array, patch: int) -> Array:
+def patchify(images: Array | Levels, patch: int) -> Array:
     """reference.patchify; rows are filled up with zeros as Matrix is."""
     device = device_of(images)
+    from_bytes = isinstance(images, Levels)
     batch, channels, height, width = images.shape
     k = channels * patch * patch
     padded = ceil_div(k, cuda_linear.ALIGNMENT) * cuda_linear.ALIGNMENT
-    rows = device.empty((batch * (height // patch) * (width // patch), padded), stored(images))
-    device.run(cuda_rows.patchify(images, patch, rows))
+    kind = images.kind if from_bytes else stored(images)
+    rows = device.empty((batch * (height // patch) * (width // patch), padded), kind)
+    if from_bytes:
+        device.run(cuda_rows.patchify_u8(images.array, patch, images.table, rows))
+    else:
+        device.run(cuda_rows.patchify(images, patch, rows))
     return rows[:, :k]
 
 

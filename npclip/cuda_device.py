@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuda_launch import Kernel, Launch
+from .cuda_launch import DTYPES, Kernel, Launch
 from .errors import BackendError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ NUMPY_DTYPES = {
     "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "i32": np.int32, "u8": np.uint8,
 }  # fmt: skip
 SHARED_BYTES = 48 << 10  # of dynamic shared memory that a kernel may have without asking
-TIMED_RUNS = 7
+TIMED_RUNS, CALLS_PER_RUN = 7, 10
+ALIGNMENT = 16  # bytes, of what the kernels read
 KEPT_INDICES = 128  # small index arrays that a Device remembers
 
 
@@ -40,6 +41,8 @@ def cupy() -> ModuleType:
         import cupy
     except ImportError as error:
         raise BackendError(f"no GPU without CuPy ({error}): {INSTALL}") from None
+    except Exception as error:  # what its libraries raise when they do not fit together
+        raise BackendError(f"CuPy cannot be used ({error}): {INSTALL}") from error
     if int(cupy.__version__.split(".")[0]) < MIN_CUPY:
         raise BackendError(f"CuPy {cupy.__version__} is too old, {MIN_CUPY} is needed: {INSTALL}")
     return cupy
@@ -114,11 +117,16 @@ class Device:
         """Use open_device()."""
         self.ordinal, self.xp = ordinal, cupy()
         self.handle = self.xp.cuda.Device(ordinal)
-        with self.handle:
-            properties = self.xp.cuda.runtime.getDeviceProperties(ordinal)
+        try:
+            with self.handle:
+                properties = self.xp.cuda.runtime.getDeviceProperties(ordinal)
+        except self.xp.cuda.runtime.CUDARuntimeError as error:
+            raise BackendError(f"cuda:{ordinal} cannot be used: {error}") from None
         self.name = properties["name"].decode()
         self.capability = properties["major"], properties["minor"]
         self._start()
+        if self.has_kernels:
+            self._compiler  # noqa: B018 - fails now, not when the first image is encoded
 
     def _start(self) -> None:
         self._functions: dict[Kernel, Any] = {}
@@ -131,6 +139,13 @@ class Device:
     def has_kernels(self) -> bool:
         """Whether the CUDA kernels run here."""
         return self.capability >= MIN_CAPABILITY
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of models, the default first. Tensor cores take bfloat16 from 8.0 on."""
+        if not self.has_kernels:
+            return ("float32",)
+        return tuple(d for d in DTYPES if d != "bfloat16" or self.capability >= (8, 0))
 
     @functools.cached_property
     def products(self) -> Any:
@@ -154,14 +169,24 @@ class Device:
             return self.xp.ascontiguousarray(self.xp.asarray(x))
 
     def take_over(self, x: Any) -> Any:
-        """An array of any library on this GPU, or copied from another, as CuPy's."""
+        """An array of any library on this GPU, or copied from another, as CuPy's, contiguous.
+
+        By DLPack where the library has it: it waits for what the library has still to compute.
+        """
+        xp = self.xp
         with self.handle:
-            is_known = hasattr(x, "__cuda_array_interface__")
-            return self.xp.asarray(x) if is_known else self.xp.from_dlpack(x)
+            if not isinstance(x, xp.ndarray):
+                x = xp.from_dlpack(x) if hasattr(x, "__dlpack__") else xp.asarray(x)
+            if not x.flags.c_contiguous:
+                with x.device:
+                    x = xp.ascontiguousarray(x)
+            x = self.asarray(x)
+            return x.copy() if x.data.ptr % ALIGNMENT else x
 
     def asnumpy(self, x: Any) -> Any:
         """A host copy, when everything before it on the stream is done."""
-        return self.xp.asnumpy(x)
+        with self.handle:
+            return self.xp.asnumpy(x)
 
     def copy(self, x: Any) -> Any:
         """A new array with the values of a device array."""
@@ -196,13 +221,14 @@ class Device:
         """A copy of the graph's result for these inputs, which take the place of its own."""
         xp = self.xp
         with self.handle:
-            current = xp.cuda.get_current_stream()
+            current, of_graph = xp.cuda.get_current_stream(), captured.result
+            result = xp.empty(of_graph.shape, of_graph.dtype)  # memory of the caller's stream
             captured.stream.wait_event(current.record())
             with captured.stream:
                 for buffer, x in zip(buffers, inputs, strict=True):
                     buffer[...] = x
                 captured.launch()
-                result = captured.result.copy()
+                result[...] = of_graph
             current.wait_event(captured.stream.record())
         return result
 
@@ -217,9 +243,15 @@ class Device:
                 self._indices.move_to_end(key)
             else:
                 self._indices[key] = self.asarray(rows)
+                self.synchronize()  # other streams will read it, too
             while len(self._indices) > KEPT_INDICES:
                 self._indices.popitem(last=False)
             return self._indices[key]
+
+    def synchronize(self) -> None:
+        """Wait for what the current stream has to do."""
+        with self.handle:
+            self.xp.cuda.get_current_stream().synchronize()
 
     def sequences(self, cu_seqlens: Any) -> tuple[Any, int]:
         """cu_seqlens on this GPU, and the length of the longest sequence."""
@@ -234,7 +266,7 @@ class Device:
         pool of the graph's own, so that nothing else gets them.
         """
         xp = self.xp
-        with self.handle:
+        with self._lock, self.handle:  # nobody may take an index array away in the meantime
             pool, stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
             stream.wait_event(xp.cuda.get_current_stream().record())
             with xp.cuda.using_allocator(pool.malloc), stream:
@@ -249,36 +281,43 @@ class Device:
         return Captured(graph, stream, result, kept)
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """How long what function() puts on the stream takes: the median of a few runs."""
+        """How long what function() puts on the stream takes: the median of a few runs.
+
+        As a graph of several calls: one launch from the host takes longer than a small kernel.
+        """
         xp = self.xp
+        captured = self.capture(lambda: [function() for _ in range(CALLS_PER_RUN)])
         with self.handle:
-            function()
             events = [xp.cuda.Event() for _ in range(TIMED_RUNS + 1)]
+            captured.launch()
             for event in events[:-1]:
-                event.record()
-                function()
-            events[-1].record()
+                event.record(captured.stream)
+                captured.launch()
+            events[-1].record(captured.stream)
             events[-1].synchronize()
             milliseconds = [xp.cuda.get_elapsed_time(*pair) for pair in pairwise(events)]
-        return float(np.median(milliseconds)) / 1e3
+        return float(np.median(milliseconds)) / 1e3 / CALLS_PER_RUN
 
     def run(self, launch: Launch) -> None:
         """Put a kernel on the stream."""
         function = self._function(launch.kernel)
-        if launch.shared > SHARED_BYTES and launch.shared > function.max_dynamic_shared_size_bytes:
-            function.max_dynamic_shared_size_bytes = launch.shared
         arguments = tuple(np.uint64(0) if a is None else a for a in launch.arguments)
+        shared = launch.shared
         with self.handle:
+            if shared > SHARED_BYTES and shared > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = shared
             function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared)
 
     @functools.cached_property
-    def _compiler(self) -> Path | None:
+    def _compiler(self) -> Path:
         """The NVRTC of CuPy's CUDA version: a driver may refuse what a newer one compiled."""
         from . import nvrtc
 
         major = self.xp.cuda.runtime.runtimeGetVersion() // 1000
         of_cuda = (path for path in nvrtc.libraries() if nvrtc.cuda_version(path)[0] == major)
-        return next(of_cuda, None)
+        if (path := next(of_cuda, None)) is None:
+            raise BackendError(f"no NVRTC of CUDA {major}, which is CuPy's: {INSTALL}")
+        return path
 
     def _function(self, kernel: Kernel) -> Any:
         if (function := self._functions.get(kernel)) is None:

@@ -13,6 +13,11 @@ from .preprocess import geometry, preprocess
 Array = Any
 
 
+def normalize_table(device: Device, metadata: Metadata) -> Array:
+    """float32 [3, 256] on the device: what a byte of each channel becomes."""
+    return device.asarray(reference_resize.normalize_table(metadata.mean, metadata.std))
+
+
 def preprocess_on_device(device: Device, images: Array, size: int, metadata: Metadata) -> Array:
     """uint8 RGB [B, H, W, 3] -> float32 [B, 3, size, size], resized, cropped and normalised.
 
@@ -28,13 +33,12 @@ def preprocess_on_device(device: Device, images: Array, size: int, metadata: Met
             out[i] = device.asarray(preprocess(image, size, *how))
         return out
     plan = cuda_images.resize_plan(old, new, corner, size, metadata.interpolation)
-    table = reference_resize.normalize_table(metadata.mean, metadata.std)
     launches = cuda_images.resize(
         device.asarray(images),
         plan,
         device.index(plan.x_axis),
         device.index(plan.y_axis),
-        device.asarray(table),
+        normalize_table(device, metadata),
         device.empty(plan.scratch_shape(len(images)), "u8"),
         out,
     )

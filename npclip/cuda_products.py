@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 Array = Any
 Way = Callable[..., None]  # of x, weight, bias, residual, y
 PLANS = 4  # of cuBLASLt that are timed
+KEPT_PLANS = 512  # shapes
 CUBLASLT = "cublaslt"
 
 
@@ -50,9 +54,8 @@ class Products:
         """Nothing is loaded or timed before it is needed."""
         self.device = device
         self._chosen: dict[Key, Way] = {}
-        self._plans: dict[Any, list[cublaslt.Plan]] = {}
-        self._biases: dict[Any, tuple[Array, Array]] = {}
-        self._workspaces: dict[int, Array] = {}
+        self._plans: OrderedDict[Any, list[cublaslt.Plan]] = OrderedDict()
+        self._biases: dict[Any, Array] = {}
         self._lock = threading.RLock()
 
     def run(
@@ -70,11 +73,12 @@ class Products:
         rows = 1 << max(0, n - 1).bit_length()
         has = bias is not None, residual is not None
         key = Key(stored(x), stored(y), rows, k, m, activation, *has, residual_first)
-        with self._lock:
-            if key not in self._chosen:
-                name = self._choose(key, x, weight, bias, residual, y)
-                self._chosen[key] = self._way(key, name)
-        self._chosen[key](x, weight, bias, residual, y)
+        with self.device.handle:
+            with self._lock:
+                if key not in self._chosen:
+                    name = self._choose(key, x, weight, bias, residual, y)
+                    self._chosen[key] = self._way(key, name)
+            self._chosen[key](x, weight, bias, residual, y)
 
     def _choose(self, key: Key, *arrays: Array) -> str:
         names = list(self._names(key, *arrays))
@@ -84,12 +88,12 @@ class Products:
             return known
         x, weight, bias, residual, y = arrays
         spare = self.device.copy(y)  # a residual may be y itself
-        seconds = {
-            name: self.device.seconds(
-                partial(self._way(key, name), x, weight, bias, residual, spare)
-            )
-            for name in names
-        }
+        seconds = {}
+        for name in names:
+            seconds[name] = math.inf  # where a way fails on this GPU
+            with contextlib.suppress(BackendError, RuntimeError):
+                way = partial(self._way(key, name), x, weight, bias, residual, spare)
+                seconds[name] = self.device.seconds(way)
         best = min(names, key=seconds.__getitem__)
         self._remember(key, best)
         return best
@@ -125,9 +129,13 @@ class Products:
         (n, k), m = x.shape, len(weight)
         strides = (a.strides[0] // a.dtype.itemsize for a in (x, weight))
         shape = n, k, m, key.kind, key.result, *strides, m, key.has_bias, key.has_residual
-        if shape not in self._plans:
-            self._plans[shape] = self._library.plan(*shape, PLANS)
-        return self._plans[shape]
+        with self._lock:
+            if shape not in self._plans:
+                self._plans[shape] = self._library.plan(*shape, PLANS)
+            self._plans.move_to_end(shape)
+            while len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+            return self._plans[shape]
 
     def _way(self, key: Key, name: str) -> Way:
         library, _, plan = name.partition(" ")
@@ -145,29 +153,30 @@ class Products:
     def _by_cublaslt(self, key: Key, index: int, x: Array, w: Array, bias: Array, r: Array,
                      y: Array) -> None:  # fmt: skip
         plans = self._plans_of(key, x, w)
+        if not plans:  # for this many rows, unlike those that were timed
+            variant = cuda_linear.default_variant(key.kind, key.n, key.m, self.device.capability)
+            return self._by_kernel(key, variant, x, w, bias, r, y)
         plan = plans[min(index, len(plans) - 1)]
         bias = self._bias(bias, key.result)
         addresses = (None if a is None else a.data.ptr for a in (x, w, bias, r, y))
         stream = self.device.xp.cuda.get_current_stream().ptr
-        self._library.run(plan, *addresses, self._workspace(stream).data.ptr, stream)
+        # Freed at once: what gets its memory next on this stream comes after the product.
+        workspace = self.device.empty((max(1, plan.workspace_bytes),), "u8")
+        self._library.run(plan, *addresses, workspace.data.ptr, stream)
         if key.activation:
             self.device.run(cuda_rows.activate(y, key.activation))
 
     def _bias(self, bias: Array, kind: str) -> Array:
-        """A bias stored as cuBLASLt wants it, kept with the one that it was made from."""
+        """A bias stored as cuBLASLt wants it, kept as long as the one that it was made from."""
         if bias is None or kind == "f32":
             return bias
         key = id(bias), kind
-        if key not in self._biases:
-            self._biases[key] = bias, self.device.cast(bias, MODEL_DTYPES[kind])
-        return self._biases[key][1]
-
-    def _workspace(self, stream: int) -> Array:
-        """A stream's own: its products come one after another."""
         with self._lock:
-            if stream not in self._workspaces:
-                self._workspaces[stream] = self.device.empty((cublaslt.WORKSPACE_BYTES,), "u8")
-            return self._workspaces[stream]
+            if key not in self._biases:
+                self._biases[key] = self.device.cast(bias, MODEL_DTYPES[kind])
+                self.device.synchronize()  # other streams will read it, too
+                weakref.finalize(bias, self._biases.pop, key, None)
+            return self._biases[key]
 
     @cached_property
     def _library(self) -> Any:
@@ -180,16 +189,22 @@ class Products:
 
     @cached_property
     def _file(self) -> Path | None:
-        """Where the choices of this GPU are kept."""
+        """Where the choices of this GPU, our kernels and this cuBLASLt are kept."""
         from . import hub
 
-        name = "-".join([*self.device.name.split(), *map(str, self.device.capability)])
+        what = [cuda_linear.fingerprint()]
+        if self._library is not None:
+            what.append(f"cublaslt-{self._library.version}")
+        name = "-".join([*self.device.name.split(), *map(str, self.device.capability), *what])
         with contextlib.suppress(NpclipError):
             return hub.cache_directory() / "products" / f"{name}.json"
         return None
 
     @cached_property
     def _remembered(self) -> dict[str, str]:
+        return self._read()
+
+    def _read(self) -> dict[str, str]:
         try:
             found = json.loads(self._file.read_text()) if self._file else {}
         except (OSError, ValueError):
@@ -203,5 +218,6 @@ class Products:
         with contextlib.suppress(OSError):  # without a cache it is timed anew
             self._file.parent.mkdir(parents=True, exist_ok=True)
             part = self._file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(self._remembered, indent=0, sort_keys=True))
+            known = self._read() | self._remembered  # other processes write, too
+            part.write_text(json.dumps(known, indent=0, sort_keys=True))
             part.replace(self._file)

@@ -99,9 +99,9 @@ def patchify(images: Array, patch: int, rows: Array) -> Launch:
     return _patchify("patchify", (images, rows), patch, whole, rows, (channels, height, width))
 
 
-def patchify_u8(images: Array, patch: int, scale: Array, shift: Array, rows: Array) -> Launch:
-    """The same of bytes [B, H, W, 3], as x * scale[c] + shift[c]."""
-    arrays = images, scale, shift, rows
+def patchify_u8(images: Array, patch: int, table: Array, rows: Array) -> Launch:
+    """The same of bytes [B, H, W, 3], as table[channel, byte]; table: float32 [3, 256]."""
+    arrays = images, table, rows
     return _patchify("patchify_u8", arrays, patch, False, rows, images.shape[1:3])
 
 

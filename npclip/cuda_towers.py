@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from . import ops
 from .config import Config, Metadata
+from .cuda import Levels
 from .cuda_device import Captured, Device, Sequences
-from .cuda_preprocess import preprocess_on_device
+from .cuda_launch import DTYPES
+from .cuda_preprocess import normalize_table, preprocess_on_device
 from .errors import InputError
 from .model import encode_image, encode_tokens
 from .ops import Array, Parameters
@@ -61,10 +63,19 @@ def _is_on_gpu(x: Any) -> bool:
 class Towers:
     """encode_image and encode_text of a model whose parameters lie on a device."""
 
-    def __init__(self, device: Device, params: Parameters, config: Config, dtype: str) -> None:
+    def __init__(
+        self,
+        device: Device,
+        params: Parameters,
+        config: Config,
+        metadata: Metadata,
+        dtype: str,
+    ) -> None:
         """params: {"image": ..., "text": ...} or one of them, as ops.prepare leaves them."""
         self.device, self.params, self.config, self.dtype = device, params, config, dtype
+        self.metadata, self._table = metadata, normalize_table(device, metadata)
         self._images = Graphs(device, self._encode_pixels)
+        self._bytes = Graphs(device, self._encode_bytes)
         self._texts = Graphs(device, self._encode_tokens)
 
     def as_device_images(self, x: Any) -> Array | None:
@@ -73,9 +84,7 @@ class Towers:
             return None
         return self.device.take_over(x)
 
-    def image_batches(
-        self, x: Array, metadata: Metadata, size: int
-    ) -> tuple[Iterator[Array], bool]:
+    def image_batches(self, x: Array, size: int) -> tuple[Iterator[Array], bool]:
         """Batches of <= size images of an array on the device, and whether it is one image.
 
         x: float [B, 3, R, R] or [3, R, R], preprocessed, or uint8 RGB [B, H, W, 3] or [H, W, 3],
@@ -85,8 +94,7 @@ class Towers:
         images = x[None] if single else x
         if images.ndim == 4 and images.dtype == np.uint8 and images.shape[3] == 3:
             parts = (images[i : i + size] for i in range(0, len(images), size))
-            pixels = (preprocess_on_device(self.device, p, side, metadata) for p in parts)
-            return pixels, single
+            return (self._as_pixels(self.device.asarray(part)) for part in parts), single
         if images.dtype.kind != "f" or images.shape[1:] != (3, side, side):
             raise InputError(
                 f"an array on a GPU must be preprocessed pixels [B, 3, {side}, {side}] or uint8 "
@@ -94,18 +102,33 @@ class Towers:
             )
         return (images[i : i + size] for i in range(0, len(images), size)), single
 
+    def _as_pixels(self, images: Array) -> Array:
+        """uint8 [B, H, W, 3] as encode_image takes them: as they are where R is H and W."""
+        side = self.config.image_resolution
+        if images.shape[1:3] == (side, side) and self.device.has_kernels:
+            return images
+        return preprocess_on_device(self.device, images, side, self.metadata)
+
     def encode_image(self, images: Array) -> Array:
-        """float [B, 3, R, R], on the host or the device -> float32 [B, E] on the device."""
+        """Images on the host or the device -> float32 [B, E] on the device.
+
+        images: float [B, 3, R, R], preprocessed, or uint8 RGB [B, R, R, 3].
+        """
         count = len(images)
         if not count:
             return self.device.empty((0, self.config.embed_dim), "f32")
-        images = self.device.cast(self.device.asarray(images), self.dtype)
+        images, graphs = self.device.asarray(images), self._bytes
+        if images.dtype != np.uint8:
+            images, graphs = self.device.cast(images, self.dtype), self._images
         if not self._has_graphs(count):
-            return self._encode_pixels(images)
-        return self._images(self.device.fill_up(images, round_up_to_power(count)))[:count]
+            return graphs.function(images)
+        return graphs(self.device.fill_up(images, round_up_to_power(count)))[:count]
 
     def _has_graphs(self, count: int) -> bool:
         return count <= LARGEST_GRAPH and self.device.has_kernels
+
+    def _encode_bytes(self, images: Array) -> Array:
+        return self._encode_pixels(Levels(images, self._table, DTYPES[self.dtype]))
 
     def _encode_pixels(self, images: Array) -> Array:
         return encode_image(images, self.params["image"], self.config)
@@ -115,11 +138,14 @@ class Towers:
         count = len(ids)
         if not count:
             return self.device.empty((0, self.config.embed_dim), "f32")
-        tokens, positions, seqs, last = ops.pack_tokens(ids)
-        if not self._has_graphs(count):
-            return encode_tokens(tokens, positions, seqs, last, self.params["text"], self.config)
-        packed = fill_up_tokens(tokens, positions, seqs, last, self.config.context_length)
-        return self._texts(*(self.device.asarray(a) for a in packed))[:count]
+        packed = ops.pack_tokens(ids)
+        longest = self.config.context_length
+        if not self.device.has_kernels:
+            return encode_tokens(*packed, self.params["text"], self.config)
+        if self._has_graphs(count):
+            filled = fill_up_tokens(*packed, longest)
+            return self._texts(*map(self.device.asarray, filled))[:count]
+        return self._encode_tokens(*(self.device.asarray(a.astype(np.int32)) for a in packed))
 
     def _encode_tokens(self, tokens: Array, positions: Array, seqs: Array, last: Array) -> Array:
         sequences = Sequences(seqs, self.config.context_length)

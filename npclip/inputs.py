@@ -20,6 +20,7 @@ __all__ = ["ImageInput", "image_batches", "text_batches"]
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any]"
 Batches: TypeAlias = Iterator[NDArray[Any]]
+DLPACK_CUDA = 2, 13  # kDLCUDA and kDLCUDAManaged
 
 
 def image_batches(
@@ -35,7 +36,9 @@ def image_batches(
         return iter([_pixels(x, preprocess, resolution)[None]]), True
     if not isinstance(x, Iterable):
         raise InputTypeError(f"an image or images expected, not {type(x).__name__}")
-    return _stacked(enumerate(x), partial(_numbered, preprocess, resolution), size), False
+    # GPUs are asked in this thread, whose stream writes what lies there, and not in the pool's.
+    images = map(_from_gpu, x)
+    return _stacked(enumerate(images), partial(_numbered, preprocess, resolution), size), False
 
 
 def _unwrap(x: Any) -> Any:
@@ -45,10 +48,40 @@ def _unwrap(x: Any) -> Any:
     """
     if isinstance(x, (str, bytes)) or _is_pil(x):
         return x  # NumPy's own str and bytes have __array__, too
+    x = _from_gpu(x)
     if hasattr(type(x), "__array__") or hasattr(type(x), "__array_interface__"):
         x = np.asarray(x)
         return x.tolist() if x.dtype.kind in "OSTU" else x
-    return x
+    return _from_dlpack(x) if hasattr(type(x), "__dlpack__") else x
+
+
+def _from_dlpack(x: Any) -> NDArray[Any]:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError) as error:
+        raise InputTypeError(f"cannot read {type(x).__name__} by DLPack: {error}") from error
+
+
+def _from_gpu(x: Any) -> Any:
+    """A host copy of what lies on an NVIDIA GPU, of any library; anything else as it is.
+
+    Raises BackendError where that GPU cannot be used through CuPy.
+    """
+    if (ordinal := _gpu_of(x)) is None:
+        return x
+    from . import cuda_device
+
+    device = cuda_device.open_device(ordinal)
+    return device.asnumpy(device.take_over(x))
+
+
+def _gpu_of(x: Any) -> int | None:
+    if _is_pil(x):
+        return None
+    if hasattr(type(x), "__dlpack_device__"):
+        kind, ordinal = x.__dlpack_device__()
+        return int(ordinal) if kind in DLPACK_CUDA else None
+    return 0 if hasattr(x, "__cuda_array_interface__") else None
 
 
 def _is_pil(x: Any) -> bool:
@@ -114,7 +147,7 @@ def text_batches(
 
 def _integers(x: Any) -> NDArray[Any]:
     try:
-        array = np.asarray(x)
+        array = np.asarray([_unwrap(ids) for ids in x])
     except ValueError:
         array = np.asarray(None)
     if array.dtype.kind not in "iu":

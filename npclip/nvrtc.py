@@ -31,6 +31,9 @@ _LOCK = RLock()  # NVRTC and ptxas share state within a process
 _FILE = re.compile(r"libnvrtc\.so(\.[\d.]+)?|nvrtc64_\d+_\d+\.dll")
 
 
+TEGRA = 72, 87, 101  # whose code no other device runs
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one kernel takes of a GPU, as ptxas reports it."""
@@ -84,7 +87,11 @@ def target(capability: tuple[int, int], library: Path | None = None) -> str:
     """
     nvrtc = _Library.of(library)
     major, minor = capability
-    fitting = [arch for arch in nvrtc.architectures if 0 <= arch - 10 * major <= minor]
+    fitting = [
+        arch
+        for arch in nvrtc.architectures
+        if 0 <= arch - 10 * major <= minor and (arch not in TEGRA or arch == 10 * major + minor)
+    ]
     if not fitting:
         known = ", ".join(map(str, nvrtc.architectures))
         raise BackendError(

@@ -26,7 +26,6 @@ Parameters: TypeAlias = dict[str, Any]
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 CPU_DTYPES = DTYPES[:3]
-CUDA_DTYPES = "float16", "bfloat16", "float32"
 
 
 def is_device_array(x: Array) -> bool:
@@ -65,7 +64,7 @@ def resolve(device: str | None = None, dtype: str | None = None) -> tuple[str, s
     allowed: tuple[str, ...] = CPU_DTYPES
     if kind == "cuda":
         opened = open_device(device)
-        device, allowed = str(opened), CUDA_DTYPES if opened.has_kernels else ("float32",)
+        device, allowed = str(opened), opened.dtypes
     dtype = dtype or allowed[0]
     if dtype not in allowed:
         raise BackendError(f"dtype {dtype!r} is not available on {device}: {', '.join(allowed)}")

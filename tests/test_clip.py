@@ -89,6 +89,42 @@ def test_numpys_strings_are_texts():
         ids(np.array([b"a cat"]))
 
 
+class DLPackOnly:
+    """An array of a library that knows DLPack and nothing else."""
+
+    def __init__(self, array, where=(1, 0)):
+        self.array, self.where = array, where
+
+    def __dlpack__(self, **options):
+        if self.where[0] != 1:
+            raise BufferError("not on the CPU")
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.where
+
+
+def test_arrays_that_know_dlpack(model, texts):
+    size = model.visual.input_resolution
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((2, 3, size, size)).astype(np.float32)
+    pictures = rng.integers(0, 256, (2, 37, 53, 3), np.uint8)
+    for images in (pixels, pictures):
+        for x, expected in ((DLPackOnly(images), images), (DLPackOnly(images[0]), images[0])):
+            np.testing.assert_array_equal(model.encode_image(x), model.encode_image(expected))
+        found = model.encode_image([DLPackOnly(image) for image in images])
+        np.testing.assert_array_equal(found, model.encode_image(list(images)))
+    expected = model.encode_text(texts)
+    for x in (DLPackOnly(texts), [DLPackOnly(row) for row in texts]):
+        np.testing.assert_array_equal(model.encode_text(x), expected)
+    elsewhere = DLPackOnly(pixels, (8, 0))  # Metal
+    for encode in (model.encode_image, model.encode_text):
+        with pytest.raises(InputTypeError, match="cannot read DLPackOnly by DLPack"):
+            encode(elsewhere)
+    with pytest.raises(InputTypeError, match="image 0: cannot read DLPackOnly"):
+        model.encode_image([elsewhere])
+
+
 def test_a_pil_image_is_not_copied(model, monkeypatch):
     """Its __array_interface__ would decode it and copy it whole."""
     sizes, original = [], Image.Image.__array_interface__

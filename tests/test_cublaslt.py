@@ -42,6 +42,7 @@ class FakeLibrary:
         for name in cublaslt.SIGNATURES:
             setattr(self, name, self._function(name))
         self.cublasLtGetStatusName = lambda status: STATUS_NAMES[status]
+        self.cublasLtGetVersion = lambda *_: 120905
 
     def _function(self, name):
         def call(*arguments):
@@ -129,7 +130,7 @@ def test_plan():
     f16, f32 = 2, 0
     assert lt.layouts == [(f16, 8, 12, 16), (f16, 8, 5, 8), (f32, 12, 5, 24), (f32, 12, 5, 24)]
     assert lt.operation == {3: 1, 4: 0, 7: 4, 8: 16}
-    assert lt.preference == {1: WORKSPACE_BYTES, 5: 16, 6: 16, 7: 16, 8: 16}
+    assert lt.preference == {1: WORKSPACE_BYTES, 3: 2, 5: 16, 6: 16, 7: 16, 8: 16}
 
 
 def test_plan_without_bias():
@@ -165,7 +166,7 @@ def test_run(bias, residual):
     )
     assert np.allclose(y[:, :12], expected, atol=1e-5)
     assert (y[:, 12:] == before[:, 12:]).all()
-    assert lt.matmul == (1, 77, WORKSPACE_BYTES, 99)
+    assert lt.matmul == (1, 77, plan.workspace_bytes, 99)
 
 
 @pytest.mark.parametrize("bias, residual", [(1, None), (None, 1)])
@@ -266,8 +267,8 @@ def test_layout_of_results():  # as the header's structs are laid out
 def real():
     try:
         return cublaslt.load()
-    except BackendError as error:
-        pytest.skip(str(error))
+    except BackendError as error:  # as in CI: the fake library has to do
+        pytest.skip(f"a download of hundreds of MB that nothing else here needs: {error}")
 
 
 def attribute(real, operation, number, of):

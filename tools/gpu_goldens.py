@@ -175,7 +175,7 @@ def _rows(rng: Any) -> Arrays:
 
 
 def _kernel(op: str, text: str, dtype: str = "f16", arch: str = "") -> ProbeKernel:
-    return ProbeKernel("gpu_goldens", op, dtype, (), arch, text=text)
+    return ProbeKernel("gpu_goldens", op, dtype, arch=arch, text=text)
 
 
 PROBES = {
@@ -265,7 +265,7 @@ def unpack(path: Path) -> dict[str, tuple[Arrays, Any]]:
 
 
 def golden_stage(journal: Journal, out: Path, work: Path) -> str | None:
-    """The stage `goldens`: a file where there is none yet, else whether this GPU agrees with it."""
+    """The stage `goldens`: whether this GPU agrees with the file; what it lacks is added."""
     device = open_gpu()
     if isinstance(device, str):
         return device
@@ -279,7 +279,20 @@ def golden_stage(journal: Journal, out: Path, work: Path) -> str | None:
         if f"{name}/out" in arrays:
             same = is_close(arrays[f"{name}/out"], expected, PROBES[name].tolerance)
             journal.row(probe=name, ok=same)
-    if old is None:
-        write_whole(out / FILE, pack(arrays))
-    journal.fact(file=str(old or out / FILE), probes=len({key.split("/")[0] for key in arrays}))
+    added = {key.partition("/")[0] for key in arrays} - set(known)
+    if added:
+        write_whole(out / FILE, pack(extended(known, arrays, added)))
+        for name in sorted(added):
+            journal.row(probe=name, ok=True, added=True)
+    journal.fact(compared_with=old.name if old else None, added=sorted(added))
     return None
+
+
+def extended(
+    known: dict[str, tuple[Arrays, Any]], arrays: dict[str, Any], added: set[str]
+) -> dict[str, Any]:
+    """What unpack() gave, with these probes of another recording beside it."""
+    result = {key: x for key, x in arrays.items() if key.partition("/")[0] in added}
+    for name, (inputs, output) in known.items():
+        result |= {f"{name}/{key}": x for key, x in inputs.items()} | {f"{name}/out": output}
+    return result

@@ -23,15 +23,33 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, default=lambda x: x.item()) + "\n")
 
 
-class Journal:
-    """What one stage has found so far, and how much of its time is left."""
+def is_good(row: dict[str, Any]) -> bool:
+    """Whether a row needs no second try."""
+    return row.get("ok") is not False and "error" not in row
 
-    def __init__(self, path: Path, seconds: float) -> None:
-        """Write to path at every step; seconds from now on are the stage's."""
+
+def good_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that need no second try, and none of a case of which another row does."""
+    bad = {(r["case"], r["dtype"]) for r in rows if "case" in r and not is_good(r)}
+    return [r for r in rows if is_good(r) and (r.get("case"), r.get("dtype")) not in bad]
+
+
+class Journal:
+    """What one stage has found so far, and how much of its time is left.
+
+    facts["left_out"] lists what there was no time for: such a stage ends as "incomplete".
+    """
+
+    def __init__(self, path: Path, seconds: float, earlier: dict[str, Any] | None = None) -> None:
+        """Write to path at every step; seconds from now on are the stage's.
+
+        earlier: what the same stage found in another run. Its good rows are kept.
+        """
         self.path, self.end = path, time.monotonic() + seconds
         self.status, self.reason = "running", ""
+        self.earlier_facts: dict[str, Any] = earlier["facts"] if earlier else {}
         self.facts: dict[str, Any] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.rows = good_rows(earlier["rows"]) if earlier else []
         self.write()
 
     def left(self) -> float:
@@ -48,8 +66,18 @@ class Journal:
         self.rows.append(row)
         self.write()
 
+    def has(self, **key: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def leave_out(self, *what: str) -> None:
+        """Note what there was no time for."""
+        self.fact(left_out=[*self.facts.get("left_out", []), *what])
+
     def close(self, status: str, reason: str = "") -> None:
         """Say how it ended."""
+        if status == "done" and self.facts.get("left_out"):
+            status = "incomplete"
         self.status, self.reason = status, reason
         self.write()
 

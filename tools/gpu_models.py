@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,15 @@ from safetensors.numpy import save_file
 
 import npclip
 from npclip import cuda
-from npclip.config import ARCHITECTURES, Config, Metadata
+from npclip.checkpoint import open_checkpoint
+from npclip.config import ARCHITECTURES, Config, Metadata, infer_config
+from npclip.cuda_towers import LARGEST_GRAPH
+from npclip.model import encode_image, encode_text
+from npclip.params import load_parameters
 
 BATCHES = 1, 8, 64, 256, 1024
-COMPARED = 4  # inputs whose embeddings are computed on the CPU, too
+LAUNCH_BATCHES = 1, 8, 32
+COMPARED = 4  # inputs whose embeddings are computed on the CPU in float64, too
 LEAST_COSINE = {"float16": 0.9999, "bfloat16": 0.999, "float32": 0.999999}
 MODELS = [  # name, what, dtype; most important first
     ("ViT-B/32", "image", "float16"), ("ViT-L/14", "image", "float16"),
@@ -104,39 +111,68 @@ def cosine(a: Any, b: Any) -> float:
     return float(((a * b).sum(-1) / norms).min())
 
 
-def encoder(model: npclip.CLIP, what: str, device: Any, batch: int) -> tuple[Callable, float]:
-    """A call of the model with inputs of that size, images on the device, and its flop."""
+def flop_of(config: Config, what: str, batch: int) -> float:
+    """Of encoder()'s call."""
+    if what == "text":
+        return flop_per_texts(config, captions(config, batch))
+    return batch * flop_per_image(config)
+
+
+def encoder(model: npclip.CLIP, what: str, device: Any, batch: int) -> Callable[[], Any]:
+    """A call of the model with inputs of that size, images on the device."""
     config = model.config
     if what == "text":
         ids = captions(config, batch)
-        return lambda: model.encode_text(ids), flop_per_texts(config, ids)
+        return lambda: model.encode_text(ids)
     stored = device.asarray(pixels(config, batch).astype(np.float16))
-    return lambda: model.encode_image(stored), batch * flop_per_image(config)
+    return lambda: model.encode_image(stored)
+
+
+def in_float64(node: Any) -> Any:
+    """Parameters."""
+    if isinstance(node, dict):
+        return {key: in_float64(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [in_float64(value) for value in node]
+    return node.astype(np.float64)
 
 
 def expected_embeddings(path: Path, what: str) -> Any:
-    """Of the first inputs, on the CPU in float32."""
-    model = npclip.load(path, device="cpu", dtype="float32", towers=(what,))
-    if what == "text":
-        return model.encode_text(captions(model.config, COMPARED))
-    rounded = pixels(model.config, COMPARED).astype(np.float16)
-    return model.encode_image(rounded.astype(np.float32))
+    """Of the first inputs, on the CPU in float64, of the weights as they are stored."""
+    file = path.with_name(f"{path.stem}-{what}.npy")
+    if not file.exists():
+        saved = open_checkpoint(path)
+        config = infer_config({k: t.shape for k, t in saved.tensors.items()}, saved.metadata)
+        parameters = in_float64(load_parameters(saved, config, (what,))[what])
+        if what == "text":
+            y = encode_text(captions(config, COMPARED), parameters, config)
+        else:
+            rounded = pixels(config, COMPARED).astype(np.float16).astype(np.float64)
+            y = encode_image(rounded, parameters, config)
+        if y.dtype != np.float64:
+            raise TypeError(f"the reference is {y.dtype}")
+        np.save(file, y)
+    return np.load(file)
 
 
 def bench_model(
     journal: Journal, device: Any, path: Path, spec: tuple[str, str, str],
     batches: tuple[int, ...], gemm: float, timer: Any, rounds: int = 5,
 ) -> None:  # fmt: skip
-    """One row for every batch size that fits, with the cosine to the CPU's embeddings."""
-    name, what, dtype = spec
+    """One row for every batch size, with the cosine to embeddings in float64."""
+    _, what, dtype = spec
+    batches = tuple(b for b in batches if not journal.has(**_key(spec, b)))
+    if not batches:
+        return
     expected = expected_embeddings(path, what)
     model = npclip.load(path, device=str(device), dtype=dtype, towers=(what,))
     for batch in batches:
+        row = _key(spec, batch)
         if journal.left() < 2:
-            return
-        row: dict[str, Any] = {"model": name, "what": what, "dtype": dtype, "batch": batch}
+            journal.leave_out(" ".join(map(str, row.values())))
+            continue
         try:
-            call, flop = encoder(model, what, device, batch)
+            call = encoder(model, what, device, batch)
             count = min(batch, COMPARED)
             found = cosine(npclip.asnumpy(call()[:count]), expected[:count])
             seconds = interleaved({"": call}, timer, rounds, 2 * LEAST_SECONDS)[""]
@@ -148,9 +184,14 @@ def bench_model(
             ok=found >= LEAST_COSINE[dtype],
             milliseconds=seconds * 1e3,
             per_second=batch / seconds,
-            of_gemm=flop / seconds / gemm,
+            of_gemm=flop_of(model.config, what, batch) / seconds / gemm,
             cosine=found,
         )
+
+
+def _key(spec: tuple[str, str, str], batch: int) -> dict[str, Any]:
+    """What a row is known by."""
+    return dict(zip(("model", "what", "dtype", "batch"), (*spec, batch), strict=True))
 
 
 def model_stage(journal: Journal, out: Path, work: Path) -> str | None:
@@ -161,8 +202,8 @@ def model_stage(journal: Journal, out: Path, work: Path) -> str | None:
     gemm, timer = known_rates(out, device).gemm, device_timer(device)
     for spec in MODELS:
         if journal.left() < 5:
-            journal.fact(is_complete=False)
-            break
+            journal.leave_out(" ".join(spec))
+            continue
         bench_model(journal, device, checkpoint(spec[0], work), spec, BATCHES, gemm, timer)
         device.xp.get_default_memory_pool().free_all_blocks()
     return None
@@ -192,19 +233,33 @@ def eager_and_graph(device: Any, model: npclip.CLIP, batch: int, timer: Any) -> 
     return interleaved(calls, timer, 5)
 
 
-def encode_in_threads(encode: Callable[[Any], Any], inputs: list[Any], repeats: int = 20) -> bool:
-    """Whether threads that encode at the same time get what each alone would get."""
+def new_stream(device: Any) -> AbstractContextManager:
+    """A stream that waits for no other, current as long as the context lasts."""
+    return device.xp.cuda.Stream(non_blocking=True)
+
+
+def encode_in_threads(
+    encode: Callable[[Any], Any],
+    inputs: list[Any],
+    stream: Callable[[], AbstractContextManager],
+    repeats: int = 20,
+) -> bool:
+    """Whether threads that encode at once, each on its stream, get what each alone would get."""
     expected = [npclip.asnumpy(encode(x)) for x in inputs]
     wrong: list[int] = []
+    start = threading.Barrier(len(inputs))
 
     def work(i: int) -> None:
-        for _ in range(repeats):
-            try:
-                if not np.array_equal(npclip.asnumpy(encode(inputs[i])), expected[i]):
-                    wrong.append(i)
-            except Exception as error:
-                wrong.append(i)
-                print(f"thread {i}: {error}")
+        try:
+            with stream():
+                start.wait()
+                for _ in range(repeats):
+                    if not np.array_equal(npclip.asnumpy(encode(inputs[i])), expected[i]):
+                        wrong.append(i)
+        except Exception as error:
+            start.abort()
+            wrong.append(i)
+            print(f"thread {i}: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
     for thread in threads:
@@ -222,7 +277,9 @@ def launch_stage(journal: Journal, out: Path, work: Path) -> str | None:
     timer = device_timer(device)
     journal.fact(launch_microseconds=launch_seconds(device, timer) * 1e6)
     model = npclip.load(checkpoint("ViT-B/32", work), device=str(device))
-    for batch in (1, 8, 32):
+    for batch in LAUNCH_BATCHES:
+        if journal.has(batch=batch):
+            continue
         seconds = eager_and_graph(device, model, batch, timer)
         journal.row(
             model="ViT-B/32",
@@ -230,12 +287,16 @@ def launch_stage(journal: Journal, out: Path, work: Path) -> str | None:
             eager_milliseconds=seconds["eager"] * 1e3,
             graph_milliseconds=seconds["graph"] * 1e3,
         )
-    images = device.asarray(pixels(model.config, 6).astype(np.float16))
-    inputs = [images[:2], images[2:4], images[4:6]]
-    ids = captions(model.config, 6)
-    for what, encode, parts in (
-        ("image", model.encode_image, inputs),
-        ("text", model.encode_text, [ids[:2], ids[2:4], ids[4:6]]),
-    ):
-        journal.row(threads=what, ok=encode_in_threads(encode, parts))
+    size = LARGEST_GRAPH + 1
+    images = device.asarray(pixels(model.config, 3 * size).astype(np.float16))
+    ids = captions(model.config, 3 * size)
+    for what, encode, inputs in (
+        ("image", model.encode_image, images), ("text", model.encode_text, ids),
+    ):  # fmt: skip
+        for how, count in (("graphs", 2), ("no graphs", size)):
+            if journal.has(threads=f"{what}, {how}"):
+                continue
+            parts = [inputs[i * count : (i + 1) * count] for i in range(3)]
+            same = encode_in_threads(encode, parts, partial(new_stream, device))
+            journal.row(threads=f"{what}, {how}", ok=same)
     return None

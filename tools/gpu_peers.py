@@ -1,7 +1,9 @@
 """The stages of gpu_check.py that time npclip beside other programs on the same GPU.
 
 Everyone has the same random weights in float16 and the same inputs, images on the device already.
-A peer is timed in rounds that take turns with npclip, in one process, and its row has both times.
+A peer is timed in rounds that take turns with npclip, in one process, and its row has both times
+and both errors, against embeddings in float64. plan() has what is measured, in order of value: a
+stage takes as much of it as it has time for, and a later run of gpu_check.py goes on from there.
 """
 
 from __future__ import annotations
@@ -10,25 +12,28 @@ import contextlib
 import copy
 import importlib.util
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gpu_journal import Journal
-from gpu_kernels import open_kernel_gpu
+from gpu_kernels import errors, open_kernel_gpu
 from gpu_models import (
+    BATCHES,
     captions,
     checkpoint,
     cosine,
     device_timer,
     encoder,
     expected_embeddings,
+    flop_of,
     pixels,
 )
-from gpu_rates import interleaved
+from gpu_rates import LEAST_SECONDS, interleaved
 from parity import import_openai_clip
 from safetensors.numpy import load_file
 
@@ -37,10 +42,16 @@ from npclip import key_names
 from npclip.config import ARCHITECTURES, Config
 
 ROUNDS = 7
-EAGER_BATCHES = 1, 64, 256
-COMPILED_BATCHES = 256, 1
-COMPILE_MODES = "default", "reduce-overhead"
-COMPILE_SECONDS = 12, 60  # that must be left for one more shape, for max-autotune
+EAGER, COMPILED = "torch eager", "torch.compile "
+DEFAULT, REDUCE, MAX = (f"{COMPILED}{m}" for m in ("default", "reduce-overhead", "max-autotune"))
+ONNX = {"onnxruntime CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
+DECISIVE = {  # batches that the project's targets name; most important first
+    ("ViT-B/32", "image"): (256, 1, 1024), ("ViT-L/14", "image"): (256, 1, 1024),
+    ("ViT-B/32", "text"): (256,), ("ViT-L/14@336px", "image"): (256, 1024),
+}  # fmt: skip
+PREPARATION = {EAGER: 2.0, DEFAULT: 20.0, REDUCE: 20.0, MAX: 100.0}  # seconds, of 12 blocks
+WARM_UP = 3  # calls
+SLOW_FLOP = 2e14  # a second: what a case takes at most is reckoned with it
 QKV = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
 
 
@@ -191,11 +202,14 @@ def compare(
     journal: Journal, own: Callable[[], Any], other: Callable[[], Any], timer: Any,
     expected: Any, to_host: Callable[[Any], Any], rounds: int = ROUNDS, **row: Any,
 ) -> None:  # fmt: skip
-    """One row: npclip and a peer, in turns; a peer's error is a row, too."""
+    """One row: npclip and a peer, in turns; a peer's failure is a row, too."""
+    wanted = expected[: row["batch"]]
     try:
-        count = min(len(expected), row["batch"])
-        found = cosine(to_host(other())[:count], expected[:count])
-        seconds = interleaved({"npclip": own, "peer": other}, timer, rounds)
+        for _ in range(WARM_UP):  # torch.compile records its graph in the second call
+            found = other()
+        y = np.asarray(to_host(found)[: len(wanted)], np.float64)
+        ours = np.asarray(npclip.asnumpy(own()[: len(wanted)]), np.float64)
+        seconds = interleaved({"npclip": own, "peer": other}, timer, rounds, 2 * LEAST_SECONDS)
     except Exception as error:
         journal.row(**row, error=f"{type(error).__name__}: {error}"[:300])
         return
@@ -204,39 +218,89 @@ def compare(
         npclip_milliseconds=seconds["npclip"] * 1e3,
         milliseconds=seconds["peer"] * 1e3,
         ratio=seconds["peer"] / seconds["npclip"],
-        cosine=found,
+        cosine=cosine(y, wanted),
+        error_of_npclip=errors(ours, wanted)[0],
+        error_of_peer=errors(y, wanted)[0],
     )
 
 
-def onnx_peers(
-    journal: Journal, tower: Any, config: Config, what: str, work: Path
-) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    """ONNX Runtime on CUDA and with TensorRT, where they are; functions of a torch tensor."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        _missing(journal, "onnxruntime", "not installed")
-        return
-    import onnxruntime
-    import torch
+def plan(name: str, what: str) -> list[tuple[str, int]]:
+    """Peers and batches: what the targets name first, then what is cheap, then the rest."""
+    decisive = DECISIVE.get((name, what), ())
+    found = [(peer, batch) for batch in decisive for peer in (EAGER, REDUCE, DEFAULT)]
+    found += [(EAGER, batch) for batch in BATCHES]
+    if (name, what) == ("ViT-B/32", "image"):
+        found += [(MAX, 256), (MAX, 1)]
+        found += [(peer, batch) for peer in ONNX for batch in (256, 1)]
+    found += [(peer, batch) for batch in BATCHES for peer in (DEFAULT, REDUCE)]
+    return list(dict.fromkeys(found))
 
-    wanted = {"onnxruntime CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
-    available = onnxruntime.get_available_providers()
-    path = work / f"{what}.onnx"
-    for name, provider in wanted.items():
-        if provider not in available:
-            _missing(journal, name, f"no {provider}")
-            continue
-        try:
-            if not path.exists():
-                names = {"input_names": ["x"], "output_names": ["y"]}
-                axes = {"x": {0: "batch"}, "y": {0: "batch"}}
-                example = (torch_input(config, what, 2, "cuda"),)
-                torch.onnx.export(tower, example, path, dynamo=False, dynamic_axes=axes, **names)
-            options = [(provider, {"trt_fp16_enable": True} if name == "TensorRT" else {})]
-            session = onnxruntime.InferenceSession(path, providers=options)
-        except Exception as error:
-            _missing(journal, name, f"{type(error).__name__}: {error}"[:300])
-            continue
-        yield name, partial(_run_onnx, session, config.embed_dim)
+
+def seconds_needed(peer: str, layers: int, flop: float) -> float:
+    """To prepare a peer for one more shape and to time both sides."""
+    calls = 2 * (ROUNDS + WARM_UP + 2)
+    return PREPARATION.get(peer, 20.0) * layers / 12 + calls * flop / SLOW_FLOP
+
+
+class Unavailable(Exception):
+    """A peer that is not here."""
+
+
+class Peers:
+    """Makes functions of a torch tensor that give embeddings."""
+
+    def __init__(self, tower: Any, config: Config, what: str, work: Path) -> None:
+        """tower: in float16, on the device."""
+        self.tower, self.config, self.what, self.work = tower, config, what, work
+        self.sessions: dict[str, Callable[[Any], Any]] = {}
+
+    def encoder(self, peer: str) -> Callable[[Any], Any]:
+        """Raises Unavailable. What torch.compile made for an earlier one is forgotten."""
+        if peer == EAGER:
+            return self.tower
+        if peer in ONNX:
+            if peer not in self.sessions:
+                self.sessions[peer] = self._session(peer)
+            return self.sessions[peer]
+        import torch
+        import torch._dynamo.utils
+
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        mode = peer.removeprefix(COMPILED)
+        return torch.compile(copy.copy(self.tower), mode=mode, dynamic=False)
+
+    def _session(self, peer: str) -> Callable[[Any], Any]:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise Unavailable("onnxruntime is not installed")
+        import onnxruntime
+        import torch
+
+        if ONNX[peer] not in onnxruntime.get_available_providers():
+            raise Unavailable(f"onnxruntime has no {ONNX[peer]}")
+        path = self.work / f"{self.what}.onnx"
+        if not path.exists():
+            names = {"input_names": ["x"], "output_names": ["y"]}
+            axes = {"x": {0: "batch"}, "y": {0: "batch"}}
+            example = (torch_input(self.config, self.what, 2, "cuda"),)
+            part = path.with_suffix(".part")
+            torch.onnx.export(self.tower, example, part, dynamo=False, dynamic_axes=axes, **names)
+            part.replace(path)
+        how = {"trt_fp16_enable": True} if peer == "TensorRT" else {}
+        session = onnxruntime.InferenceSession(path, providers=[(ONNX[peer], how)])
+        if ONNX[peer] not in session.get_providers():
+            raise Unavailable(f"onnxruntime cannot use its {ONNX[peer]}")
+        return partial(_run_onnx, session, self.config.embed_dim)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Where torch.compile gave up parts since Peers.encoder, if anywhere."""
+    import torch._dynamo.utils
+
+    counters = torch._dynamo.utils.counters
+    skips = counters["inductor"].get("cudagraph_skips", 0)
+    found = {"graph_breaks": sum(counters["graph_break"].values()), "cudagraph_skips": skips}
+    return {name: count for name, count in found.items() if count}
 
 
 def _run_onnx(session: Any, width: int, x: Any) -> Any:
@@ -251,25 +315,15 @@ def _run_onnx(session: Any, width: int, x: Any) -> Any:
     return y
 
 
-def peers(
-    journal: Journal, tower: Any, config: Config, what: str, work: Path, is_main: bool
-) -> Iterator[tuple[str, Callable[[Any], Any], tuple[int, ...], float]]:
-    """Name, encoder, batches, and the seconds that a shape needs at first: cheapest first.
-
-    tower: in float16, on the device. is_main: also those that take long to prepare.
-    """
-    import torch
-
-    yield "torch eager", tower, EAGER_BATCHES, 1
-    modes = (*COMPILE_MODES, "max-autotune") if is_main else COMPILE_MODES
-    for mode in modes:
-        if mode == "max-autotune":
-            for name, encode in onnx_peers(journal, tower, config, what, work):
-                yield name, encode, EAGER_BATCHES, COMPILE_SECONDS[0]
-        torch._dynamo.reset()
-        compiled = torch.compile(copy.copy(tower), mode=mode, dynamic=False)
-        seconds = COMPILE_SECONDS[mode == "max-autotune"]
-        yield f"torch.compile {mode}", compiled, COMPILED_BATCHES, seconds
+def missing_for_peers() -> str | None:
+    """What torch lacks here, in words."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    try:
+        import torch
+    except Exception as error:
+        return f"torch does not load: {type(error).__name__}: {error}"[:300]
+    return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def peer_stage(journal: Journal, out: Path, work: Path, name: str, what: str) -> str | None:
@@ -277,33 +331,62 @@ def peer_stage(journal: Journal, out: Path, work: Path, name: str, what: str) ->
     device = open_kernel_gpu()
     if isinstance(device, str):
         return device
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
+    if reason := missing_for_peers():
+        return reason
     warnings.filterwarnings("ignore")  # the compilers' advice
     config, path = ARCHITECTURES[name], checkpoint(name, work)
     tower = torch_tower(config, what, load_file(path), journal)
     if tower is None:
         return "no module of CLIP's architecture is installed: transformers, open_clip or clip"
-    tower = tower.to("cuda", torch.float16)
+    peers = Peers(tower.half().cuda(), config, what, work)
     expected = expected_embeddings(path, what)
     model = npclip.load(path, device=str(device), dtype="float16", towers=(what,))
-    timer = device_timer(device)
-    for peer, encode, batches, seconds in peers(
-        journal, tower, config, what, work, name == "ViT-B/32" and what == "image"
-    ):
-        for batch in batches:
-            if journal.left() < seconds:
-                _missing(journal, f"{peer}, batch {batch}", "no time left")
-                continue
-            own, _ = encoder(model, what, device, batch)
-            x = torch_input(config, what, batch, "cuda")
-            compare(
-                journal, own, partial(encode_with, encode, x), timer, expected,
-                lambda y: y.float().cpu().numpy(),
-                model=name, what=what, batch=batch, peer=peer,
-            )  # fmt: skip
+    layers = config.transformer_layers if what == "text" else config.vision_layers
+    for peer, batch in ordered(plan(name, what), journal.earlier_facts.get("at")):
+        key = {"model": name, "what": what, "batch": batch, "peer": peer}
+        if journal.has(**key) or peer in journal.facts.get("missing", {}):
+            continue
+        if journal.left() < seconds_needed(peer, layers, flop_of(config, what, batch)):
+            journal.leave_out(f"{peer}, batch {batch}")
+            continue
+        journal.fact(at=[peer, batch])
+        _measure(journal, peers, encoder(model, what, device, batch), device, expected, key)
+        journal.fact(at=None)
+        free_memory(device)
     return None
+
+
+def ordered(cases: list[tuple[str, int]], cut_off: list[Any] | None) -> list[tuple[str, int]]:
+    """What an earlier run was cut off in comes last, lest it take this one's time, too."""
+    return sorted(cases, key=lambda case: list(case) == cut_off)
+
+
+def _measure(
+    journal: Journal, peers: Peers, own: Callable[[], Any], device: Any, expected: Any,
+    key: dict[str, Any],
+) -> None:  # fmt: skip
+    """One row, or a word on why there is none."""
+    peer, start = key["peer"], time.monotonic()
+    try:
+        encode = peers.encoder(peer)
+    except Exception as error:
+        reason = (
+            str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+        )
+        _missing(journal, peer, reason[:300])
+        return
+    x = torch_input(peers.config, peers.what, key["batch"], "cuda")
+    compare(
+        journal, own, partial(encode_with, encode, x), device_timer(device), expected,
+        lambda y: y.float().cpu().numpy(), **key,
+    )  # fmt: skip
+    journal.rows[-1] |= graph_breaks() if peer.startswith(COMPILED) else {}
+    journal.rows[-1]["seconds"] = round(time.monotonic() - start, 1)
+
+
+def free_memory(device: Any) -> None:
+    """Of both allocators: each keeps what the other could use."""
+    import torch
+
+    torch.cuda.empty_cache()
+    device.xp.get_default_memory_pool().free_all_blocks()

@@ -44,6 +44,32 @@ AWKWARD = [
 ]  # fmt: skip
 
 
+class Epilogue(NamedTuple):
+    """What follows a product, as models have it; result: how y is stored, "" as x is."""
+
+    bias: bool
+    residual: bool = False
+    activation: str | None = None
+    residual_first: bool = False  # before the activation, as in ResNets
+    result: str = ""
+    in_place: bool = False  # y is the residual
+
+    def how(self) -> str:
+        """In the words of a Case, and some more: what is different from a bias alone."""
+        words = "" if self.bias else "unbiased", "residual" if self.residual else ""
+        more = "first" if self.residual_first else "", "in_place" if self.in_place else ""
+        return " ".join(filter(None, (*words, *more, self.activation, self.result)))
+
+
+EPILOGUE_SHAPES = (63, 1032, 264), (257, 768, 512), (1, 512, 768)
+EPILOGUES = [
+    Epilogue(False), Epilogue(True), Epilogue(False, True), Epilogue(True, True),
+    Epilogue(True, True, in_place=True), Epilogue(True, activation="quick_gelu"),
+    Epilogue(True, activation="gelu"), Epilogue(True, True, "relu", True),
+    Epilogue(False, result="f32"), Epilogue(True, True, result="f32"),
+]  # fmt: skip
+
+
 class Operands(NamedTuple):
     """Of one product; None where there is none."""
 
@@ -118,6 +144,42 @@ def compare(
         yield row
 
 
+def check_epilogue(
+    device: Any, case: Case, kind: str, wanted: Epilogue
+) -> Iterator[dict[str, Any]]:
+    """A row for every way to compute a product with what follows it, cuBLASLt's among them."""
+    (n, k, m), products, result = case.shape, device.products, wanted.result or kind
+    arguments = Case("linear", case.shape, "residual" if wanted.residual else "").arguments()
+    if not wanted.bias:
+        del arguments["bias"]
+    exact = gpu_cases.exact(arguments, kind)
+    arrays = operands(device, arguments, kind)._replace(y=device.empty((n, m), result))
+    if wanted.residual and result == "f32":
+        exact["residual"] = arguments["residual"].astype(np.float64)
+        arrays = arrays._replace(residual=device.asarray(arguments["residual"]))
+    if wanted.residual_first:
+        expected = reference.ACTIVATIONS[wanted.activation](reference.linear(**exact))
+    else:
+        expected = reference.linear(**exact, activation=wanted.activation)
+    has = wanted.bias, wanted.residual, wanted.residual_first
+    key = Key(kind, result, round_up_to_power(n), k, m, wanted.activation, *has)
+    for name in products._names(key, *arrays):
+        row: dict[str, Any] = {"case": str(case), "dtype": kind, "way": name}
+        if wanted.in_place:
+            copy = device.copy(arrays.residual)
+            arrays = arrays._replace(y=copy, residual=copy)
+        else:
+            poison(arrays.y)
+        try:
+            products._way(key, name)(*arrays)
+            relative, largest = errors(host_values(device, arrays.y), expected)
+            stored = kind if result == kind else "wide"
+            row |= {"relative_error": relative, "ok": is_right(stored, relative, largest)}
+        except Exception as error:
+            row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+        yield row
+
+
 def kernels(capability: tuple[int, int]) -> list[Kernel]:
     """Of all our variants that run there, for every case here and in gpu_cases.py."""
     found: dict[Kernel, None] = {}
@@ -132,12 +194,29 @@ def kernels(capability: tuple[int, int]) -> list[Kernel]:
             if variant.runs_on(capability):
                 launch = cuda_linear.linear(x, w, None, case.activation(), None, y, variant)
                 found[launch.kernel] = None
+    for wanted in EPILOGUES:
+        for kind in gpu_cases.KINDS:
+            for kernel in epilogue_kernels(capability, kind, wanted):
+                found[kernel] = None
     return list(found)
 
 
-def compile_kernel(kernel: Kernel, arch: str) -> None:
+def epilogue_kernels(capability: tuple[int, int], kind: str, wanted: Epilogue) -> Iterator[Kernel]:
+    """Of all our variants that run there; the shape does not matter."""
+    x, y = (
+        np.empty((8, 8), NUMPY_DTYPES[kind]),
+        np.empty((8, 8), NUMPY_DTYPES[wanted.result or kind]),
+    )
+    residual = y if wanted.residual else None
+    for variant in cuda_linear.variants(kind):
+        if variant.runs_on(capability):
+            how = wanted.activation, residual, y, variant, wanted.residual_first
+            yield cuda_linear.linear(x, x, None, *how).kernel
+
+
+def compile_kernel(kernel: Kernel, arch: str, compiler: Path | None) -> None:
     """Into the cache on disk."""
-    nvrtc.cubin(kernel.source, f"sm_{arch}")
+    nvrtc.cubin(kernel.source, f"sm_{arch}", compiler)
 
 
 def compile_stage(journal: Journal, out: Path, work: Path) -> str | None:
@@ -145,10 +224,11 @@ def compile_stage(journal: Journal, out: Path, work: Path) -> str | None:
     device = open_kernel_gpu()
     if isinstance(device, str):
         return device
-    arch, wanted = nvrtc.target(device.capability), kernels(device.capability)
+    compiler = device._compiler  # of CuPy's CUDA, as for all kernels of the device
+    arch, wanted = nvrtc.target(device.capability, compiler), kernels(device.capability)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        started = {pool.submit(compile_kernel, k, k.arch or arch): k for k in wanted}
+        started = {pool.submit(compile_kernel, k, k.arch or arch, compiler): k for k in wanted}
         for done, future in enumerate(as_completed(started), 1):
             if error := future.exception():
                 kernel = started[future]
@@ -158,17 +238,31 @@ def compile_stage(journal: Journal, out: Path, work: Path) -> str | None:
 
 
 def product_stage(journal: Journal, out: Path, work: Path) -> str | None:
-    """The stage: values at awkward shapes in all dtypes, then the times at CLIP's."""
+    """The stage: values of all epilogues in all dtypes, then the times at CLIP's shapes."""
     device = open_kernel_gpu()
     if isinstance(device, str):
         return device
     rates, timer = known_rates(out, device), EventTimer(device)
     cache = device.xp.cuda.runtime.getDeviceProperties(device.ordinal)["l2CacheSize"]
-    awkward = [(case, kind, None) for kind in gpu_cases.KINDS for case in AWKWARD]
-    for case, kind, wanted in [*awkward, *((case, "f16", rates) for case in SHAPES)]:
+    journal.fact(has_cublaslt=device.products._library is not None)
+    work: list[tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]] = []
+    for kind in gpu_cases.KINDS:
+        checks = [(case, partial(compare, device, case, kind, None, timer)) for case in AWKWARD]
+        for epilogue in EPILOGUES:
+            for case in (Case("linear", shape, epilogue.how()) for shape in EPILOGUE_SHAPES):
+                checks.append((case, partial(check_epilogue, device, case, kind, epilogue)))
+        work += [(str(case), kind, check) for case, check in checks]
+    timed = [
+        (str(case), "f16", partial(compare, device, case, "f16", rates, timer, cache))
+        for case in SHAPES
+    ]
+    first = [item for item in work if item[1] == "f16"]
+    for name, kind, call in [*first, *timed, *(item for item in work if item[1] != "f16")]:
+        if journal.has(case=name, dtype=kind):
+            continue
         if journal.left() < 2:
-            journal.fact(is_complete=False)
-            return None
-        for row in compare(device, case, kind, wanted, timer, cache):
+            journal.leave_out(f"{name} {kind}")
+            continue
+        for row in list(call()):  # all ways or none: a run that goes on looks at the case only
             journal.row(**row)
     return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from gpu_journal import Journal
 
-from npclip import cuda_device, nvrtc
+from npclip import cublaslt, cuda_device, nvrtc
+from npclip.errors import BackendError
 
 ROUNDS = 7
 COPY_BYTES = 1 << 30
@@ -176,12 +178,34 @@ def environment(journal: Journal, out: Path, work: Path) -> str | None:
         driver_cuda=_version(runtime.driverGetVersion()),
         runtime_cuda=_version(runtime.runtimeGetVersion()),
         cupy=device.xp.__version__,
+        compiler=device._compiler and device._compiler.name,
         cublaslt=_cublaslt_version(),
     )
+    journal.fact(trouble=list(trouble(device)))
     rates = measure_rates(device)
     journal.fact(copy_gb_s=rates.copy / 1e9, gemm_tflop_s=rates.gemm / 1e12)
     journal.fact(host_to_device_gb_s=dict(_host_copies(device)))
     return None
+
+
+def trouble(device: Any) -> Iterator[str]:
+    """What is missing or does not work here, in words; the other stages do what they can."""
+    xp = device.xp
+    if device._compiler is None:
+        yield f"no NVRTC of CuPy's CUDA {_version(xp.cuda.runtime.runtimeGetVersion())}"
+    try:
+        nvrtc.target(device.capability, device._compiler)
+    except BackendError as error:
+        yield f"our kernels: {error}"
+    try:
+        with device.handle:
+            assert int((xp.arange(3) + 1).sum()) == 6
+    except Exception as error:
+        yield f"CuPy's own kernels do not work: {type(error).__name__}: {error}"[:500]
+    try:
+        cublaslt.load()
+    except BackendError as error:
+        yield f"no cuBLASLt: {error}"
 
 
 def _compilers() -> list[str]:
@@ -196,16 +220,12 @@ def _version(number: int) -> str:
 
 
 def _cublaslt_version() -> str:
-    import ctypes
-
     try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        library = ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-        library.cublasLtGetVersion.restype = ctypes.c_size_t
-        return str(library.cublasLtGetVersion())
-    except Exception as error:
+        library = cublaslt.load()
+    except BackendError as error:
         return f"none: {error}"
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return str(library.cublasLtGetVersion())
 
 
 def _host_copies(device: Any, nbytes: int = 1 << 28) -> Iterable[tuple[str, float]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import gpu_targets
+
 Row = dict[str, Any]
 Column = tuple[str, str, str]  # title, key, format
 MODEL_COLUMNS: list[Column] = [
@@ -25,7 +27,14 @@ PRODUCT_COLUMNS: list[Column] = [
 PEER_COLUMNS: list[Column] = [
     ("model", "model", ""), ("", "what", ""), ("batch", "batch", "d"), ("peer", "peer", ""),
     ("npclip, ms", "npclip_milliseconds", ".3f"), ("peer, ms", "milliseconds", ".3f"),
-    ("times faster", "ratio", ".2f"), ("cosine", "cosine", ".6f"), ("error", "error", ""),
+    ("times faster", "ratio", ".2f"), ("cosine", "cosine", ".6f"),
+    ("error of npclip", "error_of_npclip", ".1e"), ("of the peer", "error_of_peer", ".1e"),
+    ("graph breaks", "graph_breaks", "d"), ("not as graphs", "cudagraph_skips", "d"),
+    ("error", "error", ""),
+]  # fmt: skip
+TARGET_COLUMNS: list[Column] = [
+    ("case", "case", ""), ("", "what", ""), ("target", "target", ""),
+    ("measured", "measured", ""), ("status", "status", ""),
 ]  # fmt: skip
 LAUNCH_COLUMNS: list[Column] = [
     ("model", "model", ""), ("batch", "batch", "d"),
@@ -122,14 +131,14 @@ def environment(facts: Row) -> str:
     return (
         f"{facts['device']}, compute capability {facts['capability']}, {facts['memory_gib']} GiB, "
         f"{facts['l2_mib']} MiB of L2, driver for CUDA {facts['driver_cuda']}; CuPy "
-        f"{facts['cupy']} with CUDA {facts['runtime_cuda']}, {', '.join(facts['nvrtc'])}, "
-        f"cuBLASLt {facts['cublaslt']}.{rates}\n"
+        f"{facts['cupy']} with CUDA {facts['runtime_cuda']}, {', '.join(facts['nvrtc'])} "
+        f"(used: {facts.get('compiler')}), cuBLASLt {facts['cublaslt']}.{rates}\n"
     )
 
 
 def _checked(stage: Row) -> str:
     wrong = sum(row.get("ok") is False for row in stage["rows"])
-    left_out = stage["facts"].get("left_out", 0)
+    left_out = len(stage["facts"].get("left_out", []))
     return f"{len(stage['rows'])} checked, {wrong} wrong, {left_out} not reached.\n"
 
 
@@ -158,10 +167,33 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
 
 
 def _peers(stage: Row) -> str:
-    missing = stage["facts"].get("missing", {})
-    left_out = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-    text = table(PEER_COLUMNS, stage["rows"])
-    return text + (f"\nNot measured: {cell(left_out)}.\n" if missing else "")
+    text, facts = table(PEER_COLUMNS, stage["rows"]), stage["facts"]
+    lines = [f"{name}: {reason}" for name, reason in facts.get("missing", {}).items()]
+    lines += [f"{what}: no time left" for what in facts.get("left_out", [])]
+    return text + (f"\nNot measured: {'; '.join(lines)}.\n" if lines else "")
+
+
+def end_to_end(stages: Row) -> str:
+    """Milliseconds of npclip and of all peers, a line for every model and batch."""
+    lines: dict[tuple[str, str, int], Row] = {}
+    for row in gpu_targets.rows_of(stages, "models"):
+        if row.get("dtype") == "float16" and "milliseconds" in row:
+            _line(lines, row)["npclip"] = row["milliseconds"]
+    peers: dict[str, None] = {}
+    for row in gpu_targets.rows_of(stages, "peers-"):
+        if "milliseconds" in row:
+            peers[row["peer"]] = None
+            line = _line(lines, row)
+            line.setdefault("npclip", row["npclip_milliseconds"])
+            line[row["peer"]] = f"{row['milliseconds']:.3f} ({row['ratio']:.2f}x)"
+    columns: list[Column] = [("model", "model", ""), ("", "what", ""), ("batch", "batch", "d"),
+                             ("npclip", "npclip", ".3f")]  # fmt: skip
+    return table([*columns, *((peer, peer, "") for peer in peers)], lines.values())
+
+
+def _line(lines: dict[tuple[str, str, int], Row], row: Row) -> Row:
+    key = {name: row[name] for name in ("model", "what", "batch")}
+    return lines.setdefault(tuple(key.values()), dict(key))
 
 
 def markdown(results: Row) -> str:
@@ -171,10 +203,22 @@ def markdown(results: Row) -> str:
         section = SECTIONS.get(name, _peers)
         if stage["rows"] or stage["facts"]:
             text += f"\n## {name}\n\n{section(stage)}"
+    if overview := end_to_end(results["stages"]):
+        text += f"\n## end to end\n\nMilliseconds; in brackets: times npclip's.\n\n{overview}"
     columns: list[Column] = [("stage", "name", ""), ("status", "status", ""),
-                             ("s", "seconds", ".0f"), ("reason", "reason", "")]  # fmt: skip
-    rows = [{"name": name, **stage} for name, stage in results["stages"].items()]
+                             ("s", "seconds", ".0f"), ("left out", "count", "d"),
+                             ("GPU", "device", ""), ("code", "code", ""),
+                             ("reason", "reason", "")]  # fmt: skip
+    rows = [{"name": name, **stage, "count": len(stage["facts"].get("left_out", []))}
+            for name, stage in results["stages"].items()]  # fmt: skip
     text += f"\n## stages\n\n{table(columns, rows)}"
+    device = results["stages"].get("environment", {}).get("facts", {}).get("device", "no GPU")
+    goals = table(TARGET_COLUMNS, gpu_targets.rows(results["stages"]))
+    text += f"\n## targets\n\nThey are for an NVIDIA H200. Measured: {device}.\n\n{goals}"
+    trouble = results["stages"].get("environment", {}).get("facts", {}).get("trouble", [])
+    missing = [f"not installed: {line}" for line in results.get("missing", [])] + trouble
+    if missing:
+        text += "\n## missing here\n\n" + "".join(f"- {line}\n" for line in missing)
     wrong = failures(results)
     text += f"\n{len(wrong)} failures\n" + "".join(f"- {line}\n" for line in wrong)
     return text

@@ -1,41 +1,17 @@
-"""A Device on the CPU: its kernels run on the shim, its arrays are NumPy's with CuPy's marks.
+"""A Device on the CPU: npclip's own, on fake_cupy, without the compiler.
 
-Everything above Device is the real thing: placing weights, choosing kernels, packing arguments,
-graphs (which here replay a list of launches), dispatch.
+Kernels run on the shim. Graphs, streams and memory are those of fake_cupy.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
-from cuda import shim
+from cuda import fake_cupy
 
-from npclip import cuda_device
-from npclip.cuda_device import Captured, Device
+from npclip.cuda_device import Device
 
-
-class FakeArray(np.ndarray):
-    """What CuPy's arrays have that npclip looks at."""
-
-    device = SimpleNamespace(id=0)
-
-    @property
-    def __cuda_array_interface__(self):
-        return self.__array_interface__
-
-    def get(self):
-        return np.array(self)
-
-
-def on_device(x):
-    """A copy in memory of its own, aligned as GPU memory is."""
-    x = np.ascontiguousarray(x)
-    memory = np.full(x.nbytes + 256, 0xFF, np.uint8)
-    start = -memory.ctypes.data % 256
-    array = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    array[...] = x
-    return array.view(FakeArray)
+XP = fake_cupy.module()
+FakeArray = fake_cupy.ndarray
+on_device = XP.asarray  # in memory of its own
 
 
 class FakeDevice(Device):
@@ -43,67 +19,17 @@ class FakeDevice(Device):
 
     can_time = False
 
-    def __init__(self, capability=(8, 0), records_launches=True):
-        self.ordinal, self.xp, self.handle = 0, SimpleNamespace(zeros=self._zeros), nullcontext()
-        self.name, self.capability, self.records_launches = "fake", capability, records_launches
+    def __init__(self, capability=(8, 0)):
+        self.ordinal, self.xp, self.handle = 0, XP, XP.cuda.Device(0)
+        self.name, self.capability = "fake", capability
         self._start()
-        self.recording, self.launches = None, []
-
-    @staticmethod
-    def _zeros(shape, dtype):
-        return on_device(np.zeros(shape, dtype))
-
-    def empty(self, shape, stored):
-        dtype = np.dtype(cuda_device.NUMPY_DTYPES[stored])
-        poison = np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8)
-        return on_device(poison.view(dtype).reshape(shape))
-
-    def asarray(self, x):
-        if isinstance(x, FakeArray):
-            return x if x.flags.c_contiguous else on_device(x)
-        return on_device(x)
-
-    take_over = asarray
-
-    def copy(self, x):
-        return on_device(x)
-
-    def cast(self, x, dtype):
-        return on_device(super().cast(x, dtype))
-
-    def widen(self, x):
-        return on_device(super().widen(x))
-
-    def asnumpy(self, x):
-        return np.array(x)
+        self.launches = []
 
     def run(self, launch):
-        arguments = (
-            a.view(np.ndarray) if isinstance(a, FakeArray) else a for a in launch.arguments
-        )
-        bare = replace(launch, arguments=tuple(arguments))
-        self.launches.append(launch)
-        if self.recording is not None:
-            self.recording.append(bare)
-        else:
-            shim.run(bare)
+        self.launches.append(replace(launch, arguments=()))  # which keeps no memory alive
+        super().run(launch)
 
-    def capture(self, function):
-        function()
-        if not self.records_launches:
-            return Captured(function, None, None, ())
-        self.recording = []
-        try:
-            result, graph = function(), self.recording
-        finally:
-            self.recording = None
-        return Captured(graph, None, result, ())
-
-    def replay(self, captured, buffers, inputs):
-        for buffer, x in zip(buffers, inputs, strict=True):
-            buffer[...] = x
-        if not self.records_launches:
-            return captured.graph()
-        for launch in captured.graph:
-            shim.run(launch)
-        return on_device(captured.result)
+    def _function(self, kernel):
+        if kernel not in self._functions:
+            self._functions[kernel] = fake_cupy.Function(XP.gpus, kernel)
+        return self._functions[kernel]

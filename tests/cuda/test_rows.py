@@ -261,16 +261,13 @@ def check_patchify(run, rng, kind, patch, batch, channels, height, width, more=0
 
 def check_patchify_u8(run, rng, kind, patch, batch, height, width):
     images = rng.integers(256, size=(batch, height, width, 3), dtype=np.uint8)
-    scale, shift = normal(rng, 3, scale=0.02), normal(rng, 3)
+    table = normal(rng, 3, 256)
     n, k = batch * (height // patch) * (width // patch), 3 * patch * patch
     rows = Result(kind, n, -(-k // 8) * 8)
-    run(cuda_rows.patchify_u8(images, patch, scale, shift, rows.array))
-
-    def scaled(dtype):
-        pixels = images.astype(dtype) * scale.astype(dtype) + shift.astype(dtype)
-        return reference.patchify(pixels.transpose(0, 3, 1, 2), patch)
-
-    assert_close(rows.check()[:, :k], scaled(np.float64), scaled(np.float32), kind)
+    run(cuda_rows.patchify_u8(images, patch, table, rows.array))
+    pixels = np.stack([table[c][images[..., c]] for c in range(3)], axis=1)
+    wanted = reference.patchify(narrow(pixels, kind), patch)
+    np.testing.assert_array_equal(rows.check()[:, :k], wanted)
     assert not rows.array[:, k:].any()
 
 
@@ -311,6 +308,24 @@ def test_others_on_shim(rng):
     check_l2_normalize(on_shim, rng, 7, 33)
 
 
+@pytest.mark.parametrize("sanitizer", shim.SANITIZERS)
+def test_sanitized(rng, sanitizer):
+    """Every kernel once, rows of whole chunks and not, the last block not full."""
+    run = partial(shim.run, sanitizer=sanitizer)
+    check_layer_norm(run, rng, "f16", 7, 768, 0)
+    check_layer_norm(run, rng, "f32", 7, 33, 0)
+    check_add_layer_norm(run, rng, "f16", 7, 512, 0)
+    check_embed_patches(run, rng, "f16", 2, 5, 512)
+    for d in (512, 33):
+        check_embed_tokens(run, rng, "f16", 7, d)
+        check_take(run, rng, "f16", 7, d)
+    check_l2_normalize(run, rng, 7, 512)
+    check_activate(run, rng, "f16", "quick_gelu", 50, 33)
+    check_patchify(run, rng, "f16", 14, 2, 3, 28, 28)
+    check_patchify(run, rng, "f16", 16, 1, 3, 32, 48, more=2)
+    check_patchify_u8(run, rng, "f16", 14, 2, 28, 28)
+
+
 def test_no_rows():
     """A launch of nothing is a launch nevertheless, and writes nothing."""
     x, ids, vector = (
@@ -327,25 +342,24 @@ def variant(file, op, kind, **defines):
     return Kernel(file, op, kind, tuple(defines.items()))
 
 
+@gate.each_cuda
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_norms_compile(kind):
-    """A common width for every architecture; the widest, which needs most registers, for some."""
+def test_layer_norms_compile(kind, cuda):
+    """Common widths, the widest, which needs most registers, and rows that do not fit in them.
+
+    With NPCLIP_TEST_EVERYTHING all that fit.
+    """
     chunk = 4 if kind == "f32" else 8
     widest = cuda_rows.MAX_KEPT_WIDTH // (32 * chunk)
-    common = {"f16": gate.ARCHS, "bf16": ("90",), "f32": ("75",)}[kind]
-    some = ("75", "120") if kind == "f16" else ("120",)
-    for step, kept, archs in (
-        (chunk, 3, common),
-        (chunk, widest, some),
-        (chunk, 0, some[:1]),
-        (1, 0, some[:1]),
-    ):
-        layout = variant("layer_norm", "layer_norm", kind, STEP=step, KEPT=kept)
-        gate.assert_compiles(layout, archs)
+    common = 768 // (32 * chunk)
+    some = range(1, widest + 1) if gate.EVERYTHING else (common, widest)
+    for step, kept in (*((chunk, kept) for kept in some), (chunk, 0), (1, 0)):
+        gate.assert_compiles(variant("layer_norm", "layer_norm", kind, STEP=step, KEPT=kept), cuda)
 
 
+@gate.each_cuda
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_and_patchify_compile(kind):
+def test_rows_and_patchify_compile(kind, cuda):
     chunk = 4 if kind == "f32" else 8
     kernels = [variant("rows", "take", kind, STEP=step) for step in (1, chunk)]
     for activation in cuda_rows.ACTIVATIONS.values():
@@ -353,4 +367,4 @@ def test_rows_and_patchify_compile(kind):
     for patch, whole in ((1, 0), (14, 0), (32, 1)):
         kernels.append(variant("patchify", "patchify", kind, PATCH=patch, WHOLE=whole))
     for kernel in kernels:
-        gate.assert_compiles(kernel, ("75", "90", "120") if kind == "f16" else ("80",))
+        gate.assert_compiles(kernel, cuda)
