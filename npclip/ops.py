@@ -1,7 +1,7 @@
 """The op vocabulary of the models: every call is checked here, then handed to a backend.
 
 What an op returns is for the next op: how it is stored is the backend's affair (bfloat16 is uint16
-bit patterns on the CPU); the residual stream and embeddings are float32.
+bit patterns on the CPU); embeddings are float32, and on the CPU so is the residual stream.
 
 A backend is a module with the functions of kernels/reference.py under the same names and
 signatures. Kernels may then assume that what reaches them is right. Axis letters are those of
