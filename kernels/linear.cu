@@ -68,6 +68,12 @@ INLINE void copy_tile(value *tile, const value *from, int64_t stride, int rows, 
 static_assert(WARP_N % 16 == 0 && WARP_M % 16 == 0, "a warp multiplies 16 x 16");
 static_assert(STEPS % 2 == 0, "the two sets of fragments take turns");
 
+#if __CUDA_ARCH__ / 100 == 10 && STAGES > 2 && TILE_N >= 32 && TILE_N * TILE_M <= 64 * 64
+#define BOUNDS 32 * WARPS, 3  // else ptxas aims at 5 blocks and spills: shared memory has room for 3 or 4
+#else
+#define BOUNDS 32 * WARPS
+#endif
+
 // Where 4 sums lie among those of 16 rows: two neighbours change places in odd rows and in every second
 // stretch of 32, so that neither the fragments written nor the rows read meet in a bank.
 INLINE int staged(int row, int column) {
@@ -114,7 +120,7 @@ INLINE void write_piece(const float *sums, int at, int row, int column, const fl
     }
 }
 
-KERNEL(32 * WARPS)
+KERNEL(BOUNDS)
 SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const float *__restrict__ bias,
                const result *residual, result *y, int n, int m, int k, int64_t x_stride, int64_t w_stride) {
     DYNAMIC_SHARED(value, shared);

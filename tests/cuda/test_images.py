@@ -1,12 +1,13 @@
 """cuda_images.py: its kernels on the CPU, against reference.py, reference_resize.py and Pillow."""
 
+from functools import partial
+
 import numpy as np
 import PIL.Image
 import pytest
-from cuda import ptx, shim
-from cuda.gate import ARCHS, assert_compiles
+from cuda import gate, ptx, shim
 
-from npclip import cuda_images, nvrtc
+from npclip import cuda_images
 from npclip.kernels import reference, reference_resize
 from npclip.preprocess import OPENAI_MEAN, OPENAI_STD, preprocess
 from npclip.weights import to_bfloat16
@@ -64,28 +65,26 @@ WINDOWS = [  # batch, height, width, channels, k, stride
 ]
 
 
-@pytest.mark.parametrize("shape", WINDOWS, ids=str)
-@pytest.mark.parametrize("kind", DTYPES)
-def test_windows(shape, kind, rng):
+def check_windows(run, shape, kind, rng):
     *x_shape, k, stride = shape
     x = as_kind(rng.standard_normal(x_shape, np.float32), kind)
     width = -(-k * k * x_shape[3] // 16) * 16
     expected = expected_windows(x, k, stride, width)
     rows = poisoned(expected.shape, x.dtype)
-    shim.run(cuda_images.windows(x, k, stride, rows), order=3)
+    run(cuda_images.windows(x, k, stride, rows))
     assert (widened(rows) == expected).all()
+
+
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_windows(shape, kind, rng):
+    check_windows(partial(shim.run, order=3), shape, kind, rng)
 
 
 @pytest.mark.parametrize("shape", WINDOWS[:3], ids=str)
 @pytest.mark.parametrize("arch", ["75", "80", "90"])
 def test_windows_in_ptx(shape, arch, rng):
-    *x_shape, k, stride = shape
-    x = as_kind(rng.standard_normal(x_shape, np.float32), "f16")
-    width = -(-k * k * x_shape[3] // 16) * 16
-    expected = expected_windows(x, k, stride, width)
-    rows = poisoned(expected.shape, x.dtype)
-    ptx.run(cuda_images.windows(x, k, stride, rows), arch)
-    assert (rows == expected).all()
+    check_windows(partial(ptx.run, arch=arch), shape, "f16", rng)
 
 
 POOLS = [(2, 4, 6, 16, 2), (1, 7, 7, 8, 7), (3, 6, 3, 5, 3), (1, 2, 2, 2560, 2), (2, 3, 3, 12, 1)]
@@ -112,6 +111,18 @@ def test_avg_pool2d(shape, kind, rng):
 @pytest.mark.parametrize("arch", ["75", "90"])
 def test_avg_pool2d_in_ptx(shape, arch, rng):
     check_pool(lambda launch: ptx.run(launch, arch), shape, "f16", rng)
+
+
+@pytest.mark.parametrize("sanitizer", shim.SANITIZERS)
+def test_sanitized(sanitizer, rng):
+    run = partial(shim.run, sanitizer=sanitizer)
+    for shape in (WINDOWS[0], WINDOWS[2]):
+        check_windows(run, shape, "f16", rng)
+    for shape in (POOLS[0], POOLS[2]):
+        check_pool(run, shape, "f16", rng)
+    batch, old, *arguments, channels = RESIZES[0]
+    images = noise(rng, batch, *old, channels)
+    assert (resized(run, images, *arguments) == by_reference(images, *arguments)).all()
 
 
 def resized(run, images, new, corner, size, interpolation="bicubic", kind="f32"):
@@ -239,7 +250,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(not nvrtc.libraries(), reason="NVRTC is not installed")
+@gate.each_cuda
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=["-".join(map(str, k)) for k in KERNELS])
-def test_compiles_without_spills(kernel):
-    assert_compiles(kernel, archs=ARCHS)
+def test_compiles_without_spills(kernel, cuda):
+    gate.assert_compiles(kernel, cuda)
