@@ -18,9 +18,12 @@ def normalize_table(device: Device, metadata: Metadata) -> Array:
     return device.asarray(reference_resize.normalize_table(metadata.mean, metadata.std))
 
 
-def preprocess_on_device(device: Device, images: Array, size: int, metadata: Metadata) -> Array:
+def preprocess_on_device(
+    device: Device, images: Array, size: int, metadata: Metadata, table: Array
+) -> Array:
     """uint8 RGB [B, H, W, 3] -> float32 [B, 3, size, size], resized, cropped and normalised.
 
+    table: normalize_table of the metadata.
     Images that Pillow resizes in y first, and too wide ones, go through the host.
     """
     old = images.shape[2], images.shape[1]
@@ -38,7 +41,7 @@ def preprocess_on_device(device: Device, images: Array, size: int, metadata: Met
         plan,
         device.index(plan.x_axis),
         device.index(plan.y_axis),
-        normalize_table(device, metadata),
+        table,
         device.empty(plan.scratch_shape(len(images)), "u8"),
         out,
     )

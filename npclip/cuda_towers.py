@@ -21,10 +21,10 @@ from .cuda_device import Captured, Device, Sequences
 from .cuda_launch import DTYPES
 from .cuda_preprocess import normalize_table, preprocess_on_device
 from .errors import InputError
+from .inputs import gpu_of
 from .model import encode_image, encode_tokens
 from .ops import Array, Parameters
 
-DLPACK_CUDA = 2
 LARGEST_GRAPH = 64  # images or texts; what is larger hides its launches
 
 
@@ -55,11 +55,6 @@ class Graphs:
             return device.replay(captured, buffers, inputs)
 
 
-def _is_on_gpu(x: Any) -> bool:
-    """Whether a library's array says by DLPack that it lies on a CUDA device."""
-    return hasattr(type(x), "__dlpack_device__") and x.__dlpack_device__()[0] == DLPACK_CUDA
-
-
 class Towers:
     """encode_image and encode_text of a model whose parameters lie on a device."""
 
@@ -80,9 +75,7 @@ class Towers:
 
     def as_device_images(self, x: Any) -> Array | None:
         """x as an array on this device, if it is one of any library's on a GPU; else None."""
-        if not ops.is_device_array(x) and not _is_on_gpu(x):
-            return None
-        return self.device.take_over(x)
+        return None if gpu_of(x) is None else self.device.take_over(x)
 
     def image_batches(self, x: Array, size: int) -> tuple[Iterator[Array], bool]:
         """Batches of <= size images of an array on the device, and whether it is one image.
@@ -94,7 +87,7 @@ class Towers:
         images = x[None] if single else x
         if images.ndim == 4 and images.dtype == np.uint8 and images.shape[3] == 3:
             parts = (images[i : i + size] for i in range(0, len(images), size))
-            return (self._as_pixels(self.device.asarray(part)) for part in parts), single
+            return map(self._as_pixels, parts), single
         if images.dtype.kind != "f" or images.shape[1:] != (3, side, side):
             raise InputError(
                 f"an array on a GPU must be preprocessed pixels [B, 3, {side}, {side}] or uint8 "
@@ -107,7 +100,7 @@ class Towers:
         side = self.config.image_resolution
         if images.shape[1:3] == (side, side) and self.device.has_kernels:
             return images
-        return preprocess_on_device(self.device, images, side, self.metadata)
+        return preprocess_on_device(self.device, images, side, self.metadata, self._table)
 
     def encode_image(self, images: Array) -> Array:
         """Images on the host or the device -> float32 [B, E] on the device.
@@ -139,16 +132,20 @@ class Towers:
         if not count:
             return self.device.empty((0, self.config.embed_dim), "f32")
         packed = ops.pack_tokens(ids)
-        longest = self.config.context_length
         if not self.device.has_kernels:
             return encode_tokens(*packed, self.params["text"], self.config)
         if self._has_graphs(count):
-            filled = fill_up_tokens(*packed, longest)
+            filled = fill_up_tokens(*packed, self.config.context_length)
             return self._texts(*map(self.device.asarray, filled))[:count]
-        return self._encode_tokens(*(self.device.asarray(a.astype(np.int32)) for a in packed))
+        longest = int(np.diff(packed[2]).max())
+        tokens, positions, seqs, last = (self.device.asarray(a.astype(np.int32)) for a in packed)
+        return self._encode_tokens(tokens, positions, seqs, last, longest)
 
-    def _encode_tokens(self, tokens: Array, positions: Array, seqs: Array, last: Array) -> Array:
-        sequences = Sequences(seqs, self.config.context_length)
+    def _encode_tokens(
+        self, tokens: Array, positions: Array, seqs: Array, last: Array, longest: int = 0
+    ) -> Array:
+        """longest: of the texts, if it is known; a graph takes any."""
+        sequences = Sequences(seqs, longest or self.config.context_length)
         return encode_tokens(tokens, positions, sequences, last, self.params["text"], self.config)
 
 

@@ -67,7 +67,7 @@ def _from_gpu(x: Any) -> Any:
 
     Raises BackendError where that GPU cannot be used through CuPy.
     """
-    if (ordinal := _gpu_of(x)) is None:
+    if (ordinal := gpu_of(x)) is None:
         return x
     from . import cuda_device
 
@@ -75,7 +75,11 @@ def _from_gpu(x: Any) -> Any:
     return device.asnumpy(device.take_over(x))
 
 
-def _gpu_of(x: Any) -> int | None:
+def gpu_of(x: Any) -> int | None:
+    """The number of the NVIDIA GPU on which an array of any library lies; None for all else.
+
+    0 where the library does not say which: CuPy finds out.
+    """
     if _is_pil(x):
         return None
     if hasattr(type(x), "__dlpack_device__"):

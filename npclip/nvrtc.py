@@ -27,11 +27,10 @@ INSTALL = "pip install 'npclip[cuda12]' (CUDA 12) or 'npclip[cuda13]' (CUDA 13) 
 TOOLKITS = ("/usr/local/cuda",)
 SYSTEM = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64")
 
+TEGRA = 72, 87, 101  # architectures whose code no other device runs
+
 _LOCK = RLock()  # NVRTC and ptxas share state within a process
 _FILE = re.compile(r"libnvrtc\.so(\.[\d.]+)?|nvrtc64_\d+_\d+\.dll")
-
-
-TEGRA = 72, 87, 101  # whose code no other device runs
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from dlpack_only import DLPackOnly
 from PIL import Image
 
 import npclip
@@ -87,21 +88,6 @@ def test_numpys_strings_are_texts():
         assert ids(x) == (expected[:1], True)
     with pytest.raises(InputTypeError, match="bytes"):
         ids(np.array([b"a cat"]))
-
-
-class DLPackOnly:
-    """An array of a library that knows DLPack and nothing else."""
-
-    def __init__(self, array, where=(1, 0)):
-        self.array, self.where = array, where
-
-    def __dlpack__(self, **options):
-        if self.where[0] != 1:
-            raise BufferError("not on the CPU")
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.where
 
 
 def test_arrays_that_know_dlpack(model, texts):

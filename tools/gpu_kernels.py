@@ -21,7 +21,7 @@ from gpu_rates import EventTimer, Rates, known_rates, median_seconds, open_gpu, 
 
 from npclip import cuda
 from npclip.config import Metadata
-from npclip.cuda_preprocess import preprocess_on_device
+from npclip.cuda_preprocess import normalize_table, preprocess_on_device
 from npclip.kernels import reference
 from npclip.preprocess import preprocess
 
@@ -110,7 +110,8 @@ def check_preprocess(device: Any, height: int, width: int, size: int) -> dict[st
     how = metadata.mean, metadata.std, metadata.resize, metadata.interpolation
     expected = np.stack([preprocess(image, size, *how) for image in images])
     with poisoned(device):
-        y = preprocess_on_device(device, device.asarray(images), size, metadata)
+        table = normalize_table(device, metadata)
+        y = preprocess_on_device(device, device.asarray(images), size, metadata, table)
     found = np.asarray(device.asnumpy(y))
     return {
         "case": preprocess_name(height, width, size),

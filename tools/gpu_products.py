@@ -245,19 +245,19 @@ def product_stage(journal: Journal, out: Path, work: Path) -> str | None:
     rates, timer = known_rates(out, device), EventTimer(device)
     cache = device.xp.cuda.runtime.getDeviceProperties(device.ordinal)["l2CacheSize"]
     journal.fact(has_cublaslt=device.products._library is not None)
-    work: list[tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]] = []
+    checked: list[tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]] = []
     for kind in gpu_cases.KINDS:
         checks = [(case, partial(compare, device, case, kind, None, timer)) for case in AWKWARD]
         for epilogue in EPILOGUES:
             for case in (Case("linear", shape, epilogue.how()) for shape in EPILOGUE_SHAPES):
                 checks.append((case, partial(check_epilogue, device, case, kind, epilogue)))
-        work += [(str(case), kind, check) for case, check in checks]
+        checked += [(str(case), kind, check) for case, check in checks]
     timed = [
         (str(case), "f16", partial(compare, device, case, "f16", rates, timer, cache))
         for case in SHAPES
     ]
-    first = [item for item in work if item[1] == "f16"]
-    for name, kind, call in [*first, *timed, *(item for item in work if item[1] != "f16")]:
+    first = [item for item in checked if item[1] == "f16"]
+    for name, kind, call in [*first, *timed, *(item for item in checked if item[1] != "f16")]:
         if journal.has(case=name, dtype=kind):
             continue
         if journal.left() < 2:

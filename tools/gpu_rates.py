@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import platform
 import statistics
@@ -178,7 +177,7 @@ def environment(journal: Journal, out: Path, work: Path) -> str | None:
         driver_cuda=_version(runtime.driverGetVersion()),
         runtime_cuda=_version(runtime.runtimeGetVersion()),
         cupy=device.xp.__version__,
-        compiler=device._compiler and device._compiler.name,
+        compiler=_compiler_of(device),
         cublaslt=_cublaslt_version(),
     )
     journal.fact(trouble=list(trouble(device)))
@@ -191,8 +190,6 @@ def environment(journal: Journal, out: Path, work: Path) -> str | None:
 def trouble(device: Any) -> Iterator[str]:
     """What is missing or does not work here, in words; the other stages do what they can."""
     xp = device.xp
-    if device._compiler is None:
-        yield f"no NVRTC of CuPy's CUDA {_version(xp.cuda.runtime.runtimeGetVersion())}"
     try:
         nvrtc.target(device.capability, device._compiler)
     except BackendError as error:
@@ -208,6 +205,13 @@ def trouble(device: Any) -> Iterator[str]:
         yield f"no cuBLASLt: {error}"
 
 
+def _compiler_of(device: Any) -> str:
+    try:
+        return str(device._compiler.name)
+    except BackendError as error:  # an old GPU does without
+        return f"none: {error}"
+
+
 def _compilers() -> list[str]:
     try:
         return [f"{path.name} {nvrtc._load(path).version}" for path in nvrtc.libraries()]
@@ -221,11 +225,9 @@ def _version(number: int) -> str:
 
 def _cublaslt_version() -> str:
     try:
-        library = cublaslt.load()
+        return str(cublaslt.Library(cublaslt.load()).version())
     except BackendError as error:
         return f"none: {error}"
-    library.cublasLtGetVersion.restype = ctypes.c_size_t
-    return str(library.cublasLtGetVersion())
 
 
 def _host_copies(device: Any, nbytes: int = 1 << 28) -> Iterable[tuple[str, float]]:

@@ -33,7 +33,7 @@ class FakeCublasLt:
 
     def __init__(self, gpus, milliseconds=(3.0, 0.5)):
         self.gpus, self.device, self.milliseconds = gpus, gpus.device, milliseconds
-        self.asked, self.ran, self.workspaces = [], [], []
+        self.asked, self.ran = [], []
 
     version = 120905
 
@@ -67,7 +67,6 @@ class FakeCublasLt:
         arrays = [a for a in (x, w, y, vector, added, self._matrix(workspace)) if a]
         self.gpus.put(work, arrays, plan.milliseconds)
         self.ran.append(plan)
-        self.workspaces.append(workspace)
 
     def _check_device(self):
         if self.gpus.device != self.device:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 from cuda.fake_device import XP, FakeArray, FakeDevice, on_device
+from dlpack_only import DLPackOnly
 from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
@@ -95,6 +96,19 @@ def test_large_batches_need_no_graph(model, golden, monkeypatch):
     assert_close(model.encode_text(ids), golden.arrays["quick_gelu/text"], model.dtype)
 
 
+def test_a_large_batch_of_short_texts_takes_the_kernel_for_short_ones(golden, device, monkeypatch):
+    monkeypatch.setattr(cuda_towers, "LARGEST_GRAPH", 1)
+    model = npclip.load(golden.path, device="cuda", towers=("text",))
+    end = model.vocab_size - 1
+    lengths = {}
+    for length in (5, model.context_length):
+        device.launches.clear()
+        model.encode_text(np.array([[1] * (length - 1) + [end]] * 2))
+        (kernel,) = {x.kernel for x in device.launches if x.kernel.op == "attention_short"}
+        lengths[length] = dict(kernel.defines)["KEYS"]
+    assert lengths[5] < lengths[model.context_length]
+
+
 def test_inputs_from_the_device(golden, device):
     model = npclip.load(golden.path, device="cuda:0")
     host = npclip.load(golden.path, device="cpu")
@@ -110,19 +124,6 @@ def test_inputs_from_the_device(golden, device):
     for wrong in (pixels[:, :2], pixels[..., :3], picture[..., :2]):
         with pytest.raises(npclip.InputError, match="on a GPU"):
             model.encode_image(on_device(wrong))
-
-
-class DLPackOnly:
-    """An array of a library that knows DLPack and nothing else."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 class InterfaceOnly:
