@@ -7,15 +7,20 @@
 // exp2 of a score times that. Sums and exponentials are float; for the tensor cores (SHORT, LONG) the weights
 // exp(s - max) are rounded to values.
 //
-//            BLOCK keys at a time          A block has a head of a sequence, or a tile of its queries; each
-//          +------+------+------+          of its warps has 16 queries, whose scores never leave the
+//            BLOCK keys at a time          A block has a head of a sequence, or a tile of its queries; each of
+//          +------+------+------+          its warps has QUERIES of them (16 M), whose scores never leave the
 //          | k^T  |      |      |          registers: the accumulators of s, rounded, are what the next
 //          +------+------+------+          mma wants as its left operand.
 //    +---+ +------+------+------+  +---+
 //    | q | |  s   |      |      | x| v |   SHORT  all keys at once (KEYS of them), plain softmax.
-// 16 +---+ +------+------+------+  |   |   LONG   key blocks in turn, the next one being copied meanwhile.
-//    | q | |      |      |      |  |   |          A new maximum rescales what was summed so far. Blocks
-// 16 +---+ +------+------+------+  +---+          that are masked throughout are skipped.
+// 16 +---+ +------+------+------+  |   |   LONG   key blocks in turn, the next one being copied meanwhile, and
+// M  | q | |      |      |      |  |   |          STEP keys at a time; at the end of a sequence, and where a
+//    +---+ +------+------+------+  +---+          causal mask cuts, 16, masked.
+//
+//   LONG's weights are exp2 of a score less the largest one of its row when that was last looked for: at the first
+//   keys, and wherever a weight of the warp's rows would be above 2^LIMIT. Then what was summed is rescaled. So few
+//   steps pay for a new maximum. Order of summation: keys in order, 16 to an mma; the weights in four sums, of the
+//   keys that are 0 and 1, 2 and 3, 4 and 5, 6 and 7 modulo 8.
 //
 //   PLAIN  no tensor cores: float, or rows that are not whole chunks. A warp has 4 queries, a lane a key.
 //   POOL   k and v are read once, straight into registers: LANES lanes have a key, a chunk each, and every
@@ -26,19 +31,21 @@
 //
 // Bank conflicts: ldmatrix has none. Where DEPTH is 64 or 128, SHORT and LONG have none at all. At other widths 8
 // lanes that copy 8 neighbouring chunks may cross into the next row, past its gap, where the last meets the first:
-// at most one cycle for each row that is copied or stored. For a head at T = 257 and Dh = 80 that is 2472 cycles,
-// beside 11960 of ldmatrix. Copying by columns would have none, but access memory in pieces of 32 bytes. POOL's
+// at most one cycle for each row that is copied or stored. For a head at T = 257 and Dh = 80 that is 2232 cycles,
+// beside 11560 of ldmatrix. Copying by columns would have none, but access memory in pieces of 32 bytes. POOL's
 // merging has less than Dh a head.
 //
 // cost    4 T^2 Dh flop (causal: half) and T^2 exps per head; SHORT and POOL read every value once and are
-//         bound by memory. LONG reads k and v once per tile, from L2; bound by tensor cores, exps and ldmatrix.
+//         bound by memory. LONG reads k and v once per tile, from L2. For 16 x 16 scores with Dh = 64 a
+//         warp issues 16 mma, 8 / M ldmatrix, 8 ex2 and about 36 others. M = 1 is bound by ldmatrix, 4 clocks of an
+//         SM each; M = 2 by tensor cores; up to T = 257 memory is not far behind.
 // launch  SHORT  grid B H, block 2 KEYS, shared 3 KEYS (DEPTH + 8) values
-//         LONG   grid B H tiles, block 128 (64 queries), shared 4 BLOCK (DEPTH + 8) values
+//         LONG   grid B H tiles, block 32 WARPS (WARPS QUERIES queries), shared 2 STAGES BLOCK (DEPTH + 8) values
 //         PLAIN  grid B H tiles, block 256 (32 queries), shared PLAIN_FLOATS floats
 //         POOL   grid B H, block 128, shared 4 (Dh + 2) floats
 // needs   SHORT, LONG: 16-bit values (bf16: sm_80), Dh a multiple of 8; they fit in the 64 KB of sm_75.
 //         All: Dh <= 128; no sequence longer than KEYS, or than all tiles together; one sequence at least.
-//         #defines: VARIANT, HEAD_WIDTH; KEYS (SHORT)
+//         #defines: VARIANT, HEAD_WIDTH; KEYS (SHORT); QUERIES, WARPS, STEP (LONG)
 
 #define SHORT 1
 #define LONG 2
@@ -61,7 +68,7 @@ INLINE Work this_work(const int32_t *cu_seqlens, int heads, int tiles) {
 #define STRIDE (DEPTH + 8)
 #if VARIANT == SHORT
 #define THREADS (2 * KEYS)
-#define COPY_UNROLL 2
+#define QUERIES 16  // of a warp
 #define REGISTERS (DEPTH <= 64 ? 96 : DEPTH <= 112 ? 128 : 160)
 #if __CUDA_ARCH__ >= 800
 #define BOUNDS THREADS, 65536 / REGISTERS / THREADS  // else some compilers want more, or spill for fewer
@@ -69,48 +76,88 @@ INLINE Work this_work(const int32_t *cu_seqlens, int heads, int tiles) {
 #define BOUNDS THREADS, 1  // shared memory has no room for more
 #endif
 #else
-#define WARPS 4
 #define THREADS (32 * WARPS)
-#define COPY_UNROLL 1  // registers are short
 #define BLOCK (DEPTH > 112 ? 32 : 64)  // two of k and two of v fit in the 64 KB of sm_75
+#define STAGES 2
+#define REGISTERS (STEP > 16 || DEPTH > 112 ? 255 : 168)
+#if __CUDA_ARCH__ == 750
+#define SHARED (64 << 10)  // bytes of an SM
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define SHARED (100 << 10)
+#elif __CUDA_ARCH__ < 900
+#define SHARED (164 << 10)
+#else
+#define SHARED (228 << 10)
 #endif
+#define FIT (SHARED / (4 * STAGES * BLOCK * STRIDE + 1024))  // blocks of an SM, by shared memory
+#define BOUNDS THREADS, (65536 / REGISTERS / THREADS < FIT ? 65536 / REGISTERS / THREADS : FIT)
+#endif
+#define LIMIT 8.0f
 
-// Starts to copy a head's part of `rows` rows; from row `inside` on, zeros.
+#define COLUMNS (DEPTH / 8)         // chunks of a row in shared memory; a thread copies one column
+#define STRIPE (THREADS / COLUMNS)  // rows that are copied at once
+
+// Starts to copy a head's part of `rows` rows, at most MOST; from row `inside` on, zeros.
+template <int MOST>
 INLINE void copy_rows(value *to, const value *from, int row, int inside, int rows) {
-#pragma unroll COPY_UNROLL
-    for (int i = threadIdx.x; i < rows * (DEPTH / 8); i += THREADS) {
-        int r = i / (DEPTH / 8), c = i % (DEPTH / 8);
-        bool exists = r < inside && c < HEAD_WIDTH / 8;
-        copy_async(to + r * STRIDE + c * 8, exists ? from + r * row + c * 8 : from, exists);
-    }
+    int r = threadIdx.x / COLUMNS, c = threadIdx.x % COLUMNS;
+    from += (int64_t)r * row + c * 8, to += r * STRIDE + c * 8;
+    if (THREADS % COLUMNS && r >= STRIPE) return;
+#pragma unroll
+    for (int i = 0; i < MOST; i += STRIPE)
+        if (i + r < rows)
+            copy_async(to + i * STRIDE, from + (int64_t)i * row, i + r < inside && c < HEAD_WIDTH / 8);
 }
 
+// 16 M queries as left operands of mma, zeros beyond those that exist.
+template <int M>
 struct Queries {
-    uint32_t fragment[DEPTH / 16][4];
+    uint32_t fragment[M][DEPTH / 16][4];
 
-    INLINE void load(const value *q) {  // 16 rows
+    INLINE void load_shared(const value *q) {
         int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int k = 0; k < DEPTH / 16; k++)
-            ldmatrix_x4(fragment[k], q + lane % 16 * STRIDE + k * 16 + lane / 16 * 8);
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < DEPTH / 16; k++)
+                ldmatrix_x4(fragment[m][k], q + (16 * m + lane % 16) * STRIDE + k * 16 + lane / 16 * 8);
+    }
+
+    INLINE void load_global(const value *q, int row, int rows) {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = 16 * m + i % 2 * 8 + lane / 4;
+                const value *from = q + (int64_t)r * row + i / 2 * 8 + lane % 4 * 2;
+#pragma unroll
+                for (int k = 0; k < DEPTH / 16; k++) {
+                    bool exists = r < rows && k * 16 + i / 2 * 8 < HEAD_WIDTH;
+                    fragment[m][k][i] = exists ? *reinterpret_cast<const uint32_t *>(from + k * 16) : 0;
+                }
+            }
     }
 };
 
-// Of a warp's 16 queries, a lane has parts of rows lane / 4 and lane / 4 + 8: those of s[..][0, 1] and of
+// Of each 16 queries, a lane has parts of rows lane / 4 and lane / 4 + 8: those of s[..][0, 1] and of
 // s[..][2, 3], which are columns 8 n + 2 (lane % 4) and the next.
-template <int N>
+template <int M, int N>
 struct Scores {
-    float s[N / 8][4];
+    float s[M][N / 8][4];
+    uint32_t weights[M][N / 8][2];  // two values of row lane / 4, two of row lane / 4 + 8
 
     // q k^T with N keys. Unless WHOLE, only the groups of 16 keys that begin before `seen`.
     template <bool WHOLE>
-    INLINE void multiply(const Queries &q, const value *keys, int seen) {
+    INLINE void multiply(const Queries<M> &q, const value *keys, int seen) {
         int lane = threadIdx.x % 32;
         const value *row = keys + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
 #pragma unroll
-        for (int n = 0; n < N / 8; n++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) s[n][j] = 0.0f;
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) s[m][n][j] = 0.0f;
 #pragma unroll
         for (int k = 0; k < DEPTH / 16; k++)
 #pragma unroll
@@ -118,112 +165,163 @@ struct Scores {
                 if (WHOLE || 16 * n < seen) {
                     uint32_t b[4];
                     ldmatrix_x4(b, row + n * 16 * STRIDE + k * 16);
-                    mma_16816(s[2 * n], q.fragment[k], b[0], b[1]);
-                    mma_16816(s[2 * n + 1], q.fragment[k], b[2], b[3]);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_16816(s[m][2 * n], q.fragment[m][k], b[0], b[1]);
+                        mma_16816(s[m][2 * n + 1], q.fragment[m][k], b[2], b[3]);
+                    }
                 }
     }
 
-    // Row lane / 4 sees the first ends[0] keys, row lane / 4 + 8 the first ends[1].
-    INLINE void mask(const int (&ends)[2]) {
-        int column = threadIdx.x % 4 * 2;
+    // Row r sees the first end + r * slope of these keys, but at most `most`.
+    INLINE void mask(int most, int end, int slope) {
+        int lane = threadIdx.x % 32, column = lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < N / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (8 * n + column + j % 2 >= ends[j / 2]) s[n][j] = -INFINITY;
-    }
-};
-
-// The softmax of two rows and their sums of weighted values, over the keys so far.
-struct Sums {
-    float most[2], weights[2];  // weights: what this lane's columns add to the sum
-    float o[HEAD_WIDTH / 8][4];
-
-    INLINE void clear() {
-#pragma unroll
-        for (int i = 0; i < 2; i++) most[i] = -INFINITY, weights[i] = 0.0f;
-#pragma unroll
-        for (int n = 0; n < HEAD_WIDTH / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) o[n][j] = 0.0f;
-    }
-
-    // s -> exp(s - most); returns by which factors that scales what was summed before. A row sees a key of
-    // the first block at least, so most is finite from then on.
-    template <int N>
-    INLINE void exponentials(Scores<N> &scores, float scale, float (&factors)[2]) {
-        float base[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float x = most[i];
-#pragma unroll
-            for (int n = 0; n < N / 8; n++) x = fmaxf(x, fmaxf(scores.s[n][2 * i], scores.s[n][2 * i + 1]));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-            factors[i] = exp2_fast((most[i] - x) * scale);
-            most[i] = x;
-            base[i] = x * scale;
-            weights[i] *= factors[i];
-        }
-#pragma unroll
-        for (int n = 0; n < N / 8; n++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float e = exp2_fast(fmaf(scores.s[n][j], scale, -base[j / 2]));
-                scores.s[n][j] = e;
-                weights[j / 2] += e;
+                int sees = min(most, end + (16 * m + lane / 4 + j / 2 * 8) * slope);
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    if (8 * n + column + j % 2 >= sees) s[m][n][j] = -INFINITY;
             }
     }
 
-    INLINE void rescale(const float (&factors)[2]) {
+    // The largest of row lane / 4 + 8 i that this lane has.
+    INLINE float largest(int m, int i) const {
+        float x = s[m][0][2 * i];
 #pragma unroll
-        for (int n = 0; n < HEAD_WIDTH / 8; n++)
+        for (int n = 0; n < N / 8; n++) x = fmaxf(x, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+        return x;
+    }
+};
+
+// The softmax of 16 M rows and their sums of weighted values, over the keys so far. A weight is
+// exp2(score * scale + shift), at most 2^LIMIT; -shift is the largest score * scale of some keys so far.
+template <int M>
+struct Sums {
+    float shift[M][2], weights[M][2];  // weights: what this lane's columns add to the sum
+    float o[M][HEAD_WIDTH / 8][4];
+
+    INLINE void clear() {
 #pragma unroll
-            for (int j = 0; j < 4; j++) o[n][j] *= factors[j / 2];
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) shift[m][i] = INFINITY, weights[m][i] = 0.0f;
+#pragma unroll
+            for (int n = 0; n < HEAD_WIDTH / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) o[m][n][j] = 0.0f;
+        }
+    }
+
+    // Whether a weight in one of the warp's rows would be above 2^LIMIT.
+    template <int N>
+    INLINE bool exceeded(const Scores<M, N> &scores, float scale) const {
+        bool any = false;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) any |= fmaf(scores.largest(m, i), scale, shift[m][i]) > LIMIT;
+        return __any_sync(0xffffffffu, any);
+    }
+
+    // Makes the largest weight so far 1; returns by which factors that scales o. A row sees one of the first
+    // keys at least, so shift is finite from then on.
+    template <int N>
+    INLINE void raise(const Scores<M, N> &scores, float scale, float (&factors)[M][2]) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = scores.largest(m, i);
+                x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+                x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+                x = fminf(-x * scale, shift[m][i]);
+                factors[m][i] = exp2_fast(x - shift[m][i]);
+                shift[m][i] = x;
+                weights[m][i] *= factors[m][i];
+            }
+    }
+
+    INLINE void rescale(const float (&factors)[M][2]) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < HEAD_WIDTH / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) o[m][n][j] *= factors[m][j / 2];
+    }
+
+    // The weights, whose sum is that of the rounded ones: then a single large one errs by nothing.
+    template <int N>
+    INLINE void exponentials(Scores<M, N> &scores, float scale) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float e[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) e[j] = exp2_fast(fmaf(scores.s[m][n][2 * i + j], scale, shift[m][i]));
+                    uint32_t both = scores.weights[m][n][i] = pack(e[0], e[1]);
+                    const value *rounded = reinterpret_cast<const value *>(&both);
+                    weights[m][i] += to_float(rounded[0]) + to_float(rounded[1]);
+                }
     }
 
     // o += s v; the groups of 16 keys as in Scores::multiply
     template <bool WHOLE, int N>
-    INLINE void add(const Scores<N> &scores, const value *values, int seen) {
+    INLINE void add(const Scores<M, N> &scores, const value *values, int seen) {
         int lane = threadIdx.x % 32;
         const value *row = values + lane % 16 * STRIDE + lane / 16 * 8;
 #pragma unroll
         for (int k = 0; k < N / 16; k++)
             if (WHOLE || 16 * k < seen) {
-                const float(&left)[4] = scores.s[2 * k], (&right)[4] = scores.s[2 * k + 1];
-                uint32_t a[4] = {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
-                                 pack(right[2], right[3])};
+                uint32_t a[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[m][i] = scores.weights[m][2 * k + i / 2][i % 2];
 #pragma unroll
                 for (int n = 0; n < HEAD_WIDTH / 8; n += 2) {
                     uint32_t b[4];
                     ldmatrix_x4_trans(b, row + k * 16 * STRIDE + n * 8);
-                    mma_16816(o[n], a, b[0], b[1]);
-                    if (n + 1 < HEAD_WIDTH / 8) mma_16816(o[n + 1], a, b[2], b[3]);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_16816(o[m][n], a[m], b[0], b[1]);
+                        if (n + 1 < HEAD_WIDTH / 8) mma_16816(o[m][n + 1], a[m], b[2], b[3]);
+                    }
                 }
             }
     }
 
-    // o / sum of the weights, of the first `rows` of 16 rows, by way of 16 rows of shared memory that only
-    // this warp uses: so that lanes store whole chunks.
+    // o / sum of the weights, of the first `rows` rows, by way of 16 rows of shared memory that only this warp
+    // uses: so that lanes store whole chunks.
     INLINE void store(value *to, int row, int rows, value *shared) const {
         int lane = threadIdx.x % 32;
-        __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float sum = weights[i];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            float factor = 1.0f / sum;
-            value *part = shared + (lane / 4 + 8 * i) * STRIDE + lane % 4 * 2;
+        for (int m = 0; m < M; m++) {
+            __syncwarp();
 #pragma unroll
-            for (int n = 0; n < HEAD_WIDTH / 8; n++)
-                *reinterpret_cast<uint32_t *>(part + n * 8) =
-                    pack(o[n][2 * i] * factor, o[n][2 * i + 1] * factor);
-        }
-        __syncwarp();
-        for (int i = lane; i < rows * (HEAD_WIDTH / 8); i += 32) {
-            int r = i / (HEAD_WIDTH / 8), c = i % (HEAD_WIDTH / 8);
-            store_chunk(to + r * row + c * 8, load_chunk(shared + r * STRIDE + c * 8));
+            for (int i = 0; i < 2; i++) {
+                float sum = weights[m][i];
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                float factor = 1.0f / sum;
+                value *part = shared + (lane / 4 + 8 * i) * STRIDE + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < HEAD_WIDTH / 8; n++)
+                    *reinterpret_cast<uint32_t *>(part + n * 8) =
+                        pack(o[m][n][2 * i] * factor, o[m][n][2 * i + 1] * factor);
+            }
+            __syncwarp();
+            int count = min(16, rows - 16 * m);
+            for (int i = lane; i < count * (HEAD_WIDTH / 8); i += 32) {
+                int r = i / (HEAD_WIDTH / 8), c = i % (HEAD_WIDTH / 8);
+                store_chunk(to + (int64_t)(16 * m + r) * row + c * 8, load_chunk(shared + r * STRIDE + c * 8));
+            }
         }
     }
 };
@@ -235,6 +333,7 @@ struct Sums {
 KERNEL(BOUNDS)
 SYMBOL(attention_short)(const value *__restrict__ qkv, const int32_t *__restrict__ cu_seqlens,
                         value *__restrict__ o, int heads, int causal, float scale) {
+    wait_for_previous();
     DYNAMIC_SHARED(value, q);
     value *k = q + KEYS * STRIDE, *v = k + KEYS * STRIDE;
     Work work = this_work(cu_seqlens, heads, 1);
@@ -242,103 +341,107 @@ SYMBOL(attention_short)(const value *__restrict__ qkv, const int32_t *__restrict
     int width = heads * HEAD_WIDTH, row = 3 * width;  // values of a token in o and in qkv
     const value *from = qkv + (int64_t)work.first * row + work.head * HEAD_WIDTH;
     int rows = (work.length + 15) / 16 * 16;
-    copy_rows(q, from, row, work.length, rows);
-    copy_rows(k, from + width, row, work.length, rows);
+    copy_rows<KEYS>(q, from, row, work.length, rows);
+    copy_rows<KEYS>(k, from + width, row, work.length, rows);
     commit_async();
-    copy_rows(v, from + 2 * width, row, work.length, rows);
+    copy_rows<KEYS>(v, from + 2 * width, row, work.length, rows);
     commit_async();
 
     int first = threadIdx.x / 32 * 16;  // this warp's first query
     bool has_rows = first < work.length;
     int seen = causal ? min(work.length, first + 16) : work.length;
-    Scores<KEYS> scores;
-    Sums sums;
+    Scores<1, KEYS> scores;
+    Sums<1> sums;
     wait_async<1>();
     __syncthreads();
     if (has_rows) {
-        Queries queries;
-        queries.load(q + first * STRIDE);
+        Queries<1> queries;
+        queries.load_shared(q + first * STRIDE);
         scores.multiply<false>(queries, k, seen);
-        int query = first + threadIdx.x % 32 / 4, ends[2] = {work.length, work.length};
-        if (causal) ends[0] = min(ends[0], query + 1), ends[1] = min(ends[1], query + 9);
-        scores.mask(ends);
-        float unused[2];
+        scores.mask(work.length, causal ? first + 1 : work.length, causal);
+        float unused[1][2];
         sums.clear();
-        sums.exponentials(scores, scale, unused);
+        sums.raise(scores, scale, unused);
+        sums.exponentials(scores, scale);
     }
     wait_async<0>();
     __syncthreads();
     if (!has_rows) return;
     sums.add<false>(scores, v, seen);
     value *to = o + (int64_t)(work.first + first) * width + work.head * HEAD_WIDTH;
-    sums.store(to, width, min(16, work.length - first), q + first * STRIDE);
+    sums.store(to, width, work.length - first, q + first * STRIDE);
 }
 
 #elif VARIANT == LONG
 
-#define ROWS (16 * WARPS)  // queries of a block
-static_assert(ROWS <= 2 * BLOCK, "the queries go through one of the two buffers");
+#define ROWS (QUERIES * WARPS)  // queries of a block
 
-KERNEL(THREADS)
+KERNEL(BOUNDS)
 SYMBOL(attention_long)(const value *__restrict__ qkv, const int32_t *__restrict__ cu_seqlens,
                        value *__restrict__ o, int heads, int tiles, int causal, float scale) {
+    wait_for_previous();
     DYNAMIC_SHARED(value, shared);
     Work work = this_work(cu_seqlens, heads, tiles);
     if (work.tile * ROWS >= work.length) return;
     int width = heads * HEAD_WIDTH, row = 3 * width;  // values of a token in o and in qkv
     const value *from = qkv + (int64_t)work.first * row + work.head * HEAD_WIDTH;
-    int first = work.tile * ROWS + threadIdx.x / 32 * 16;  // this warp's first query
+    int first = work.tile * ROWS + threadIdx.x / 32 * QUERIES;  // this warp's first query
     int end = causal ? min(work.length, (work.tile + 1) * ROWS) : work.length;  // of the keys for this block
 
-    // Key block i: k, then v, in one of two buffers.
-    auto buffer = [&](int i) { return shared + i % 2 * (2 * BLOCK * STRIDE); };
+    // Key block i: k, then v, in one of STAGES buffers.
     auto copy_block = [&](int i) {
-        int keys = min(BLOCK, end - i * BLOCK), rows = (keys + 15) / 16 * 16;
+        int keys = end - i * BLOCK, rows = min(BLOCK, (keys + 15) / 16 * 16);
+        value *to = shared + i % STAGES * (2 * BLOCK * STRIDE);
         const value *k = from + width + (int64_t)(i * BLOCK) * row;
-        copy_rows(buffer(i), k, row, keys, rows);
-        copy_rows(buffer(i) + BLOCK * STRIDE, k + width, row, keys, rows);
+        copy_rows<BLOCK>(to, k, row, keys, rows);
+        copy_rows<BLOCK>(to + BLOCK * STRIDE, k + width, row, keys, rows);
         commit_async();
     };
-
-    const value *tile = from + (int64_t)(work.tile * ROWS) * row;
-    copy_rows(buffer(1), tile, row, work.length - work.tile * ROWS, ROWS);
-    copy_block(0);
-    wait_async<0>();
-    __syncthreads();
-    Queries queries;
-    queries.load(buffer(1) + threadIdx.x / 32 * 16 * STRIDE);
-    Sums sums;
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) copy_block(i);
+    Queries<QUERIES / 16> queries;
+    queries.load_global(from + (int64_t)first * row, row, work.length - first);
+    Sums<QUERIES / 16> sums;
     sums.clear();
 
+    auto softmax = [&](auto &scores, const value *v) {
+        if (sums.exceeded(scores, scale)) {
+            float factors[QUERIES / 16][2];
+            sums.raise(scores, scale, factors);
+            sums.rescale(factors);
+        }
+        sums.exponentials(scores, scale);
+        sums.add<true>(scores, v, 0);
+    };
+#pragma unroll 1
     for (int i = 0; i * BLOCK < end; i++) {
-        wait_async<0>();
-        __syncthreads();  // block i is there, and nobody reads the other buffer any more
-        if ((i + 1) * BLOCK < end) copy_block(i + 1);
-        int before = i * BLOCK, seen = (causal ? min(work.length, first + 16) : work.length) - before;
-        if (first >= work.length || seen <= 0) continue;
-        bool whole = before + BLOCK <= (causal ? min(work.length, first + 1) : work.length);
-        const value *k = buffer(i), *v = k + BLOCK * STRIDE;
-        Scores<BLOCK> scores;
-        float factors[2];
-        if (whole) {
-            scores.multiply<true>(queries, k, seen);
-            sums.exponentials(scores, scale, factors);
-            sums.rescale(factors);
-            sums.add<true>(scores, v, seen);
-        } else {
-            int query = first + threadIdx.x % 32 / 4, ends[2] = {work.length - before, work.length - before};
-            if (causal) ends[0] = min(ends[0], query + 1 - before), ends[1] = min(ends[1], query + 9 - before);
-            scores.multiply<false>(queries, k, seen);
-            scores.mask(ends);
-            sums.exponentials(scores, scale, factors);
-            sums.rescale(factors);
-            sums.add<false>(scores, v, seen);
+        wait_async<STAGES - 2>();
+        __syncthreads();  // block i is there, and nobody reads the buffer before it any more
+        copy_block(i + STAGES - 1);
+        // Of these keys, one of this warp's rows sees the first `seen`, all of them see the first `clear`.
+        int before = i * BLOCK, seen = min(BLOCK, end - before), clear = seen;
+        if (causal) seen = min(seen, first + QUERIES - before), clear = min(seen, first + 1 - before);
+        if (first >= work.length) seen = clear = 0;
+        const value *block = shared + i % STAGES * (2 * BLOCK * STRIDE);
+        int key = 0;
+#pragma unroll 1
+        for (; key + STEP <= clear; key += STEP) {
+            Scores<QUERIES / 16, STEP> scores;
+            scores.multiply<true>(queries, block + key * STRIDE, 0);
+            softmax(scores, block + (BLOCK + key) * STRIDE);
+        }
+#pragma unroll 1
+        for (; key < seen; key += 16) {
+            Scores<QUERIES / 16, 16> scores;
+            scores.multiply<true>(queries, block + key * STRIDE, 0);
+            scores.mask(end - before - key, causal ? first + 1 - before - key : BLOCK, causal);
+            softmax(scores, block + (BLOCK + key) * STRIDE);
         }
     }
     __syncthreads();
     if (first >= work.length) return;
     value *to = o + (int64_t)(work.first + first) * width + work.head * HEAD_WIDTH;
-    sums.store(to, width, min(16, work.length - first), shared + threadIdx.x / 32 * 16 * STRIDE);
+    sums.store(to, width, work.length - first, shared + threadIdx.x / 32 * 16 * STRIDE);
 }
 
 #elif VARIANT == PLAIN
@@ -365,6 +468,7 @@ INLINE void load_rows(float *to, const value *from, int row, int inside, int row
 KERNEL(BOUNDS)
 SYMBOL(attention_plain)(const value *__restrict__ qkv, const int32_t *__restrict__ cu_seqlens,
                         value *__restrict__ o, int heads, int tiles, int causal, float scale) {
+    wait_for_previous();
     DYNAMIC_SHARED(float, q);
     float *v = q + ROWS * Q_STRIDE, *weights = v + 32 * V_STRIDE, *k = weights + ROWS * 32;
     Work work = this_work(cu_seqlens, heads, tiles);
@@ -469,6 +573,7 @@ struct Piece {  // a lane's part of a row
 KERNEL(32 * WARPS)
 SYMBOL(attention_pool)(const value *__restrict__ q, const value *__restrict__ kv,
                        const int32_t *__restrict__ cu_seqlens, value *__restrict__ o, int heads, float scale) {
+    wait_for_previous();
     DYNAMIC_SHARED(float, shared);  // [WARPS][HEAD_WIDTH], then the largest scores and the sums of weights
     float *highest = shared + WARPS * HEAD_WIDTH, *weights = highest + WARPS;
     Work work = this_work(cu_seqlens, heads, 1);

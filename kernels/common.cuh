@@ -12,6 +12,9 @@
 //   ldmatrix_x4      four 8 x 8 matrices of 16-bit values from shared memory, as mma wants them
 //   mma_16816        d [16, 8] += a [16, 16] b [8, 16]^T in fragments of the 32 lanes
 //   copy_async       16 bytes from global to shared memory, or zeros; visible after wait_async and a barrier
+//   wait_for_previous       before a kernel touches what other kernels write: from sm_90 on it may begin while
+//                    the one before it on the stream still runs (programmatic dependent launch)
+//   prefetch         what will be read later
 #pragma once
 
 #define F16 1
@@ -80,11 +83,31 @@ INLINE uint32_t pack(float low, float high) {
     return *reinterpret_cast<uint32_t *>(both);
 }
 
+// The kernel after this one may begin, too: it will wait for this one to end. Every thread calls it.
+INLINE void wait_for_previous() {
+#if !defined(NPCLIP_SHIM) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the 128 bytes around p come from memory to L2, meanwhile.
+INLINE void prefetch(const void *p) {
+#ifndef NPCLIP_SHIM
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 #ifndef NPCLIP_SHIM
 
 INLINE float exp2_fast(float x) {  // right to 2 ulp; 0 below 2^-126
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+INLINE float reciprocal_fast(float x) {  // right to 1 ulp; 0 from 2^126 on
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

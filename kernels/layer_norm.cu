@@ -200,6 +200,7 @@ INLINE int nth_row(int r, int n) { return min(first_row() + r, n - 1); }
 
 KERNEL(BOUNDS)
 SYMBOL(layer_norm)(const value *x, const float *weight, const float *bias, value *y, int n, int d, float eps) {
+    wait_for_previous();
     if (first_row() >= n) return;
     Rows<Plain> rows;
     rows.d = d;
@@ -216,6 +217,7 @@ SYMBOL(layer_norm)(const value *x, const float *weight, const float *bias, value
 KERNEL(BOUNDS)
 SYMBOL(add_layer_norm)(const value *x, const value *h, const float *weight, const float *bias, value *total,
                        value *y, int n, int d, float eps) {
+    wait_for_previous();
     if (first_row() >= n) return;
     Rows<Sum> rows;
     rows.d = d;
@@ -232,6 +234,7 @@ SYMBOL(add_layer_norm)(const value *x, const value *h, const float *weight, cons
 KERNEL(BOUNDS)
 SYMBOL(embed_patches)(const value *patches, const float *class_embedding, const float *positional_embedding,
                       const float *weight, const float *bias, value *x, int n, int tokens, int d, float eps) {
+    wait_for_previous();
     if (first_row() >= n) return;
     Rows<Token> rows;
     rows.d = d;

@@ -20,7 +20,9 @@
 //
 // For a few rows, reading w is all the work, and more blocks read faster: tiles are 16 or 32 rows high and
 // narrow. Narrow tiles alone would leave one warp with a long chain of multiplications, so WARPS_K warps
-// share the tile, each with its part of every TILE_K, and their sums are added at the end, in order.
+// share the tile, each with its part of every TILE_K, and their sums are added at the end, in order. While
+// the kernel before this one runs, w is on its way already (wait_for_previous): the first tiles to the ring,
+// the rest to L2.
 //
 // f32: no tensor cores; 256 threads keep 4 x 4 sums each of a 64 x 64 tile, read as float4 along K.
 //
@@ -68,8 +70,8 @@ INLINE void copy_tile(value *tile, const value *from, int64_t stride, int rows, 
 static_assert(WARP_N % 16 == 0 && WARP_M % 16 == 0, "a warp multiplies 16 x 16");
 static_assert(STEPS % 2 == 0, "the two sets of fragments take turns");
 
-#if __CUDA_ARCH__ / 100 == 10 && STAGES > 2 && TILE_N >= 32 && TILE_N * TILE_M <= 64 * 64
-#define BOUNDS 32 * WARPS, 3  // else ptxas aims at 5 blocks and spills: shared memory has room for 3 or 4
+#if __CUDA_ARCH__ >= 1000 && TILE_N >= 32 && TILE_N * TILE_M <= 64 * 64
+#define BOUNDS 32 * WARPS, 3  // else ptxas aims at 5 blocks and spills
 #else
 #define BOUNDS 32 * WARPS
 #endif
@@ -120,21 +122,31 @@ INLINE void write_piece(const float *sums, int at, int row, int column, const fl
     }
 }
 
+// What the first copies leave of this block's rows of w.
+INLINE void prefetch_rows(const value *w, int64_t stride, int rows, int k) {
+    const int line = 128 / sizeof(value), from = (STAGES - 1) * TILE_K;
+    int lines = max(0, k - from + line - 1) / line;
+    for (int i = threadIdx.x; i < min(rows, TILE_M) * lines; i += 32 * WARPS)
+        prefetch(w + i / lines * stride + from + i % lines * line);
+}
+
 KERNEL(BOUNDS)
 SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const float *__restrict__ bias,
                const result *residual, result *y, int n, int m, int k, int64_t x_stride, int64_t w_stride) {
     DYNAMIC_SHARED(value, shared);
     value *x_ring = shared, *w_ring = shared + STAGES * TILE_N * TILE_K;
-    Place tile = place(n, m);
+    Place tile = place(blockIdx.x, n, m, TILE_N, TILE_M);
 
     int copied_row = threadIdx.x / ROW_CHUNKS, copied_k = threadIdx.x % ROW_CHUNKS * CHUNK;
     int x_rows = n - tile.row - copied_row, w_rows = m - tile.column - copied_row;  // from this thread's on
+    if (TILE_N <= 64) prefetch_rows(w + tile.column * w_stride, w_stride, m - tile.column, k);
     x += (tile.row + copied_row) * x_stride + copied_k;
     w += (tile.column + copied_row) * w_stride + copied_k;
-    auto copy = [&](int slot, int from) {  // of K
-        bool inside = from + copied_k < k;
-        copy_tile<TILE_N>(x_ring + slot * TILE_N * TILE_K, x + from, x_stride, x_rows, inside);
-        copy_tile<TILE_M>(w_ring + slot * TILE_M * TILE_K, w + from, w_stride, w_rows, inside);
+    auto copy_x = [&](int slot, int from) {  // of K
+        copy_tile<TILE_N>(x_ring + slot * TILE_N * TILE_K, x + from, x_stride, x_rows, from + copied_k < k);
+    };
+    auto copy_w = [&](int slot, int from) {
+        copy_tile<TILE_M>(w_ring + slot * TILE_M * TILE_K, w + from, w_stride, w_rows, from + copied_k < k);
     };
 
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_k = warp % WARPS_K, warp_tile = warp / WARPS_K;
@@ -157,8 +169,12 @@ SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const f
     float sums[WARP_N / 16][WARP_M / 8][4] = {};
     int tiles = (k + TILE_K - 1) / TILE_K, full = 0, free = STAGES - 1;
 #pragma unroll
+    for (int s = 0; s < STAGES - 1; s++)
+        if (s < tiles) copy_w(s, s * TILE_K);
+    wait_for_previous();  // which may compute x, but no weights
+#pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < tiles) copy(s, s * TILE_K);
+        if (s < tiles) copy_x(s, s * TILE_K);
         commit_async();
     }
     wait_async<STAGES - 2>();
@@ -168,7 +184,8 @@ SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const f
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             if (step == 0) {  // nobody reads the slot any more: all are past the last barrier
-                if (t + STAGES - 1 < tiles) copy(free, (t + STAGES - 1) * TILE_K);
+                int next = t + STAGES - 1;
+                if (next < tiles) copy_x(free, next * TILE_K), copy_w(free, next * TILE_K);
                 commit_async();
                 free = next_slot(free);
             }
@@ -232,7 +249,7 @@ SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const f
                const result *residual, result *y, int n, int m, int k, int64_t x_stride, int64_t w_stride) {
     DYNAMIC_SHARED(value, shared);
     value *x_ring = shared, *w_ring = shared + STAGES * TILE_N * TILE_K;
-    Place tile = place(n, m);
+    Place tile = place(blockIdx.x, n, m, TILE_N, TILE_M);
 
     int copied_row = threadIdx.x / ROW_CHUNKS, copied_k = threadIdx.x % ROW_CHUNKS * CHUNK;
     int x_rows = n - tile.row - copied_row, w_rows = m - tile.column - copied_row;  // from this thread's on
@@ -246,6 +263,7 @@ SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const f
 
     int row = threadIdx.x / SIDE, column = threadIdx.x % SIDE;
     float sums[ROWS][COLUMNS] = {};
+    wait_for_previous();
     int tiles = (k + TILE_K - 1) / TILE_K, full = 0, free = STAGES - 1;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {

@@ -1,5 +1,5 @@
-// linear.cuh: what linear.cu and linear_hopper.cu share: how a result is finished and stored, and which tile
-// of y a block has.
+// linear.cuh: what linear.cu and linear_hopper.cu share: how a result is finished and stored, and where the
+// tiles of y lie.
 #pragma once
 
 #define QUICK_GELU 1
@@ -25,7 +25,7 @@ struct __align__(16) Piece {
 
 INLINE float activate(float x) {
 #if ACTIVATION == QUICK_GELU
-    return __fdividef(x, 1.0f + exp2_fast(x * (-1.702f * 1.44269504f)));  // x sigmoid(1.702 x); 0 where exp is inf
+    return x * reciprocal_fast(1.0f + exp2_fast(x * (-1.702f * 1.44269504f)));  // x sigmoid(1.702 x)
 #elif ACTIVATION == GELU
     return x * 0.5f * (1.0f + erff(x * 0.707106781f));
 #elif ACTIVATION == RELU
@@ -43,14 +43,16 @@ INLINE result finish(float sum, float bias, float residual) {
 #endif
 }
 
-// Where this block's tile begins. Blocks go down GROUP tiles, then to the next column; a band of GROUP tiles
-// is done before the next begins.
+INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Where a tile begins. The order goes down GROUP tiles, then to the next column; a band of GROUP tiles is done
+// before the next begins.
 struct Place {
     int row, column;
 };
-INLINE Place place(int n, int m) {
-    int rows = (n + TILE_N - 1) / TILE_N, columns = (m + TILE_M - 1) / TILE_M, band = GROUP * columns;
-    int first = (int)blockIdx.x / band * GROUP, in_band = (int)blockIdx.x % band;
+INLINE Place place(int index, int n, int m, int tile_n, int tile_m) {
+    int rows = ceil_div(n, tile_n), band = GROUP * ceil_div(m, tile_m);
+    int first = index / band * GROUP, in_band = index % band;
     int height = min(rows - first, GROUP);
-    return {(first + in_band % height) * TILE_N, in_band / height * TILE_M};
+    return {(first + in_band % height) * tile_n, in_band / height * tile_m};
 }

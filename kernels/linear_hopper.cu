@@ -1,21 +1,32 @@
 // linear: y = act(x w^T + bias) + residual, on Hopper                     reference.py::linear
 // RESIDUAL_FIRST: y = act(x w^T + bias + residual)                        reference.py::conv2d
 //
-// The same op, arguments and defines as linear.cu, with Hopper's warpgroup multiplications (wgmma), which read
-// x and w from shared memory by themselves.
+// The same op and defines as linear.cu, with Hopper's own machinery: tensor maps say where x and w lie, one
+// warp asks the memory system (TMA) for whole tiles, and warpgroups (128 threads) multiply them right from
+// shared memory (wgmma).
 //
-//                 M                     A block computes 128 rows x TILE_M columns of y. Its first two
-//          +----+----+----+             warpgroups (128 threads each) multiply 64 rows each, in 64 x TILE_M
-//     TILE | w' |    |    |             sums in registers; the last COPYING warps copy tiles of x and w into a
-//       _K +----+----+----+             ring of STAGES slots. A slot has two barriers: full, where the copies
-//     +---++----+----+----+             of each copying thread arrive (cp.async tells the barrier when it is
-//  64 | x || y of one     |             done), and empty, where the 8 multiplying warps do.
-//     +---+|              |
-//  64 | x || of the other |                 copy      wait empty[s]   cp.async   arrive full[s]
-//     +---++----+----+----+                 multiply  wait full[s]    wgmma      arrive empty[s - 1]
+//                 M                     As many blocks as the GPU runs at once stay, and take tile after tile of
+//          +----+----+----+             y. Two of a block's warpgroups multiply, each TILE_N x
+//     TILE | w' |    |    |             TILE_M sums at a time, in registers. A warp of the third fills a
+//       _K +----+----+----+             ring of STAGES slots, a slot a tile of x and one of w. A slot has two
+//     +---++----+----+----+             barriers: full, where the bytes are counted as they arrive, and empty,
+//   N | x || y |    |    |              where the multiplying warps do.
+//     +---++----+----+----+                 fetch     wait empty[s]   TMA     expect full[s]
+//                                           multiply  wait full[s]    wgmma   arrive empty[s - 1]
+//
+// The warpgroups take turns, a tile each: one finishes and writes its tile while the other has the tensor cores
+// to itself.
+//     A  multiply 0 | write 0    | multiply 2 | write 2
+//     B             | multiply 1 | write 1    | multiply 3 ...
+//
+// Clusters: CLUSTER_N x CLUSTER_M blocks of neighbouring tiles fetch together. Blocks of the same rows share x:
+// each fetches a part of the tile, which TMA writes to all of them; blocks of the same columns share w likewise.
+// So a slot is empty when the warps of all blocks that its parts go to have arrived: each arrives at every
+// block with which it shares.
 //
 // Shared memory: a row of a tile is TILE_K = 64 values, 128 bytes, 8 chunks of 16. Chunk c of row r lies at
-// c ^ (r % 8): the 128-byte swizzle of wgmma, if the tile begins at a multiple of 1024 bytes.
+// c ^ (r % 8): the 128-byte swizzle of TMA and wgmma, if the tile begins at a multiple of 1024 bytes. Both are
+// of the async proxy, so no fence stands between them. What lies outside of x and w arrives as zeros.
 //
 // Descriptor of such a tile of x or w, K running along the row (PTX ISA, "Matrix descriptor format"):
 //
@@ -26,52 +37,50 @@
 //          62-63  1: 128-byte swizzle
 //
 // Sums of wgmma.m64nNk16, thread t of the warpgroup: d[4 j + 2 h + e] is row t / 32 * 16 + t % 32 / 4 + 8 h,
-// column 8 j + t % 4 * 2 + e; that is mma.m16n8k16's layout, for 16 rows a warp.
+// column 8 j + t % 4 * 2 + e. The four threads of a row exchange them, so that each writes 8 neighbours at once.
 //
-// Copies are written through the generic proxy, and wgmma reads through the async one: a fence stands between
-// waiting for a slot and multiplying it. The other way round needs none: waiting for wgmma orders its reads.
-// The sums leave through shared memory as in linear.cu.
-//
-// cost    2 N M K flop; bound by the tensor cores from N = 200 or so
+// cost    2 N M K flop; bound by the tensor cores from N = 200 or so. A slot takes them TILE_N TILE_M / 32 cycles,
+//         for which L2 gives 128 (TILE_N / CLUSTER_M + TILE_M / CLUSTER_N) bytes: in clusters of 2 x 1, 48 a
+//         cycle for 128 x 128 and 64 x 256, 32 for 128 x 256
 // order   y[n, m] is summed over k in order, in steps of 16: not dependent on N or on other rows
-// launch  grid ceil(N / TILE_N) ceil(M / TILE_M), block 320 or 384 (TILE_M 128 or 256), shared
+// launch  a multiple of CLUSTER_N CLUSTER_M blocks, any number; block 384, shared
 //         128 STAGES (TILE_N + TILE_M) + 1024 bytes
-// needs   sm_90a; K, x_stride, w_stride multiples of 8; x, w, bias, residual, y at multiples of 16 bytes.
-//         TILE_N 128, TILE_M 128 or 256, TILE_K 64; STAGES, ACTIVATION, RESIDUAL_FIRST, RESULT_F32 as there
+// x_map, w_map   of x [N, K] and w [M, K], 128-byte swizzle, boxes of TILE_K columns and TILE_N / CLUSTER_M and
+//         TILE_M / CLUSTER_N rows
+// needs   sm_90a; K, the strides of x and w multiples of 8; x, w, bias, residual, y at multiples of 16 bytes.
+//         TILE_N a multiple of 64, TILE_M 128 or 256, TILE_K 64; ACTIVATION, RESIDUAL_FIRST,
+//         RESULT_F32 as there
 
 #define MULTIPLYING 2  // warpgroups
-#define ROW_CHUNKS 8
-#define ROWS_AT_ONCE (32 * COPYING / ROW_CHUNKS)  // that are copied, a chunk per thread
-#define PITCH (TILE_M + 8)                        // floats from one row of sums to the next in shared memory
+#define THREADS (128 * (MULTIPLYING + 1))
+#define BLOCKS (TILE_N / 64)  // of 64 rows
+#define CLUSTER (CLUSTER_N * CLUSTER_M)
+#define X_PART (TILE_N / CLUSTER_M)  // rows that a block fetches
+#define W_PART (TILE_M / CLUSTER_N)
 
-// TILE_M 128: two blocks share a processor, so that one multiplies while the other writes y. TILE_M 256: the sums
-// need registers that the copying warpgroup gives away.
-#if TILE_M == 128
-#define COPYING 2  // warps
-#define BOUNDS 128 * MULTIPLYING + 32 * COPYING, 2
-INLINE void fewer_registers() {}
-INLINE void more_registers() {}
-#else
-#define COPYING 4
-#define BOUNDS 128 * MULTIPLYING + 32 * COPYING, 1
-INLINE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
-INLINE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
-#endif
+static_assert(TILE_N % 64 == 0 && TILE_M % 128 == 0, "what the warpgroups are made for");
+static_assert(TILE_K * sizeof(value) == 128 && X_PART % 8 == 0 && W_PART % 8 == 0, "what the swizzle is made for");
 
-static_assert(TILE_N == 64 * MULTIPLYING && TILE_K * sizeof(value) == 128, "what the layouts are made for");
-static_assert(STAGES * (TILE_N + TILE_M) * 128 >= TILE_N * PITCH * 4, "the sums fit in the ring");
+struct __align__(128) TensorMap {
+    char opaque[128];
+};
 
-// Barriers of shared memory. A phase ends when `count` threads have arrived; waiting for a phase's parity
-// returns at once if the phase after it is under way.
+// Barriers of shared memory. A phase ends when `count` threads have arrived and all bytes that they expect;
+// waiting for a phase's parity returns at once if the phase after it is under way.
 typedef uint64_t Barrier;
 INLINE void barrier_init(Barrier *b, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
 }
-INLINE void barrier_arrive(Barrier *b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+INLINE void barrier_arrive(Barrier *b, int block) {  // at that of a block of the cluster
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+                 "r"(block)
+                 : "memory");
 }
-INLINE void barrier_arrive_after_copies(Barrier *b) {  // when all that this thread has copied so far is there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+INLINE void barrier_arrive_expecting(Barrier *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+                 : "memory");
 }
 INLINE void barrier_wait(Barrier *b, int parity) {
     uint32_t done = 0;
@@ -83,9 +92,38 @@ INLINE void barrier_wait(Barrier *b, int parity) {
                      : "r"(shared_address(b)), "r"(parity)
                      : "memory");
 }
+INLINE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-INLINE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-INLINE void sync_multiplying() { asm volatile("bar.sync 1, %0;" ::"n"(128 * MULTIPLYING) : "memory"); }
+INLINE int rank_in_cluster() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+INLINE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The warpgroups' turns: barrier 1 is A's, 2 is B's.
+INLINE void wait_turn(int warpgroup) { asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory"); }
+INLINE void give_turn(int warpgroup) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + warpgroup) : "memory"); }
+
+// A box of the tensor, from that row and column on, into the shared memory of all blocks in the mask, each of
+// whose barriers gets its bytes. A mask of 0: of this block only.
+INLINE void fetch(value *to, const TensorMap &map, int row, int column, Barrier *full, uint32_t blocks) {
+    if (blocks)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+                     "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)), "h"((uint16_t)blocks)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+                     "l"(&map), "r"(column), "r"(row), "r"(shared_address(full))
+                     : "memory");
+}
+
+INLINE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+INLINE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 
 INLINE uint64_t descriptor(const value *tile) {
     return (uint64_t)((shared_address(tile) & 0x3ffff) >> 4) | 1ull << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
@@ -105,164 +143,210 @@ INLINE void wgmma_wait() {
 #endif
 #define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define SUMS_64 SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48)
+#define NAMES_64                                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "      \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "      \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_128                                                                           \
+    NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "     \
+    "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, " \
+    "%95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "       \
+    "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "  \
+    "%123, %124, %125, %126, %127"
+#define WGMMA(columns, names, a, b, add, ...)                                               \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.s32 add, " add ", 0;\n"                       \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k16." WGMMA_TYPES " {" names "}, " \
+                 a ", " b ", add, 1, 1, 0, 0;\n}"                                           \
+                 : __VA_ARGS__                                                              \
+                 : "l"(x), "l"(w), "r"(keep))
 
-// d += a [64, 16] b [TILE_M, 16]^T, of descriptors; under way until wgmma_wait says that it is not.
+// d = x [64, 16] w [TILE_M, 16]^T of descriptors, or d += where keep; under way until wgmma_wait says it is not.
+INLINE void wgmma(float (&d)[TILE_M / 2], uint64_t x, uint64_t w, int keep) {
 #if TILE_M == 128
-INLINE void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, add, 1, 1, 0, 0;\n}"
-        : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48)
-        : "l"(a), "l"(b));
-}
+    WGMMA("128", NAMES_64, "%64", "%65", "%66", SUMS_64);
 #else
-INLINE void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16." WGMMA_TYPES " {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, add, 1, 1, 0, 0;\n}"
-        : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48), SUMS_16(64), SUMS_16(80), SUMS_16(96),
-          SUMS_16(112)
-        : "l"(a), "l"(b));
-}
+    WGMMA("256", NAMES_128, "%128", "%129", "%130", SUMS_64, SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112));
 #endif
-
-INLINE int swizzle(int row) { return row % 8; }
-
-// ROWS rows of a tile; from: what this thread copies of the first ROWS_AT_ONCE, of which rows are inside.
-template <int ROWS>
-INLINE void copy_tile(value *tile, const value *from, int64_t stride, int rows, bool inside) {
-    int row = threadIdx.x % 128 / ROW_CHUNKS, chunk = threadIdx.x % ROW_CHUNKS;
-    value *to = tile + row * TILE_K + (chunk ^ swizzle(row)) * CHUNK;
-#pragma unroll
-    for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
-        copy_async(to + i * TILE_K, from + i * stride, inside && i < rows);
 }
 
-// Where 4 sums lie among those of 16 rows: two neighbours change places in odd rows and in every second
-// stretch of 32, so that neither the fragments written nor the rows read meet in a bank.
-INLINE int staged(int row, int column) {
-    int unit = column / 4;
-    return row * PITCH + (unit ^ ((row ^ unit / 8) & 1)) * 4 + column % 4;
-}
-
-// PIECE columns of a row of y.
-INLINE void write_piece(const float *sums, int at, int row, int column, const float *bias, const result *residual,
-                        result *y, int n, int m) {
-    if (row >= n || column >= m) return;
-    float total[PIECE];
-#pragma unroll
-    for (int e = 0; e < PIECE; e += 4) {
-        float4 sum = *reinterpret_cast<const float4 *>(sums + (at ^ e));
-        total[e] = sum.x, total[e + 1] = sum.y, total[e + 2] = sum.z, total[e + 3] = sum.w;
+// A place in the ring, and the parity of the full barrier's phase there.
+struct Slot {
+    int at = 0, parity = 0;
+    INLINE void skip(int slots) {
+        at += slots;
+        parity ^= at / STAGES & 1;
+        at %= STAGES;
     }
-    int64_t first = (int64_t)row * m + column;
-    if (m % PIECE == 0) {
-        Piece r, out;
-        float b[PIECE];
+    INLINE void next() {
+        if (++at == STAGES) at = 0, parity ^= 1;
+    }
+};
+
+// What a thread reads of a residual and writes of y at once: a float32 y as the sums lie, else 8 columns.
+#define UNIT (sizeof(result) == 4 ? 2 : 8)
+struct __align__(UNIT * sizeof(result)) Unit {
+    result v[UNIT];
+    INLINE uint32_t &pair(int j) { return reinterpret_cast<uint32_t *>(v)[j]; }
+};
+INLINE Unit load_unit(const result *row, int column, int m, bool inside) {
+    Unit unit = {};
+    if (!inside || column >= m) return unit;
+    if (m % UNIT == 0) return *reinterpret_cast<const Unit *>(row + column);
 #pragma unroll
-        for (int e = 0; e < PIECE; e += 4) {
-            float4 some = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (bias) some = *reinterpret_cast<const float4 *>(bias + column + e);
-            b[e] = some.x, b[e + 1] = some.y, b[e + 2] = some.z, b[e + 3] = some.w;
+    for (int e = 0; e < UNIT; e++)
+        if (column + e < m) unit.v[e] = row[column + e];
+    return unit;
+}
+INLINE void store_unit(result *row, int column, int m, bool inside, Unit unit) {
+    if (!inside || column >= m) return;
+    if (m % UNIT == 0) {
+        *reinterpret_cast<Unit *>(row + column) = unit;
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < UNIT; e++)
+        if (column + e < m) row[column + e] = unit.v[e];
+}
+
+// Of the four threads of a row, thread q's value i becomes thread i's value q.
+INLINE void exchange(uint32_t &a, uint32_t &b, int distance) {
+    bool upper = threadIdx.x & distance;
+    uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? a : b, distance);
+    (upper ? a : b) = other;
+}
+INLINE void transpose(Unit &unit) {
+#if !RESULT_F32
+    exchange(unit.pair(0), unit.pair(1), 1);
+    exchange(unit.pair(2), unit.pair(3), 1);
+    exchange(unit.pair(0), unit.pair(2), 2);
+    exchange(unit.pair(1), unit.pair(3), 2);
+#endif
+}
+
+// A warpgroup's sums, of rows from `row` and columns from `column` on, into y.
+INLINE void write_tile(const float (&sums)[BLOCKS][TILE_M / 2], int row, int column, const float *bias,
+                       const result *residual, result *y, int n, int m) {
+    constexpr int UNITS = 8 / UNIT;  // of 32 columns, of which a thread has 8
+    int lane = threadIdx.x % 32, quad = lane % 4;
+    row += threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int g = 0; g < TILE_M / 32; g++) {
+        int first = column + g * 32, at = first + quad * UNIT;
+        float b[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            int of_sum = first + e / 2 * 8 + quad * 2 + e % 2;
+            b[e] = bias && of_sum < m ? bias[of_sum] : 0.0f;
         }
-        if (residual) r = *reinterpret_cast<const Piece *>(residual + first);
+        Unit r[BLOCKS * 2][UNITS];
+        if (residual)
 #pragma unroll
-        for (int e = 0; e < PIECE; e++)
-            out.v[e] = finish(total[e], b[e], residual ? from_result(r.v[e]) : 0.0f);
-        *reinterpret_cast<Piece *>(y + first) = out;
-    } else {
+            for (int i = 0; i < BLOCKS * 2; i++)
 #pragma unroll
-        for (int e = 0; e < PIECE; e++)
-            if (column + e < m)
-                y[first + e] = finish(total[e], bias ? bias[column + e] : 0.0f,
-                                      residual ? from_result(residual[first + e]) : 0.0f);
+                for (int u = 0; u < UNITS; u++)
+                    r[i][u] = load_unit(residual + (int64_t)(row + i * 8 + i / 2 * 48) * m, at + u * 8, m,
+                                        row + i * 8 + i / 2 * 48 < n);
+#pragma unroll
+        for (int i = 0; i < BLOCKS * 2; i++) {
+            int here = row + i * 8 + i / 2 * 48;  // 64 rows further every second time
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                Unit out;
+                if (residual) transpose(r[i][u]);
+#pragma unroll
+                for (int e = 0; e < UNIT; e++) {
+                    int of = u * UNIT + e;
+                    out.v[e] = finish(sums[i / 2][g * 16 + of / 2 * 4 + i % 2 * 2 + of % 2], b[of],
+                                      residual ? from_result(r[i][u].v[e]) : 0.0f);
+                }
+                transpose(out);
+                store_unit(y + (int64_t)here * m, at + u * 8, m, here < n, out);
+            }
+        }
     }
 }
 
-KERNEL(BOUNDS)
-SYMBOL(linear)(const value *__restrict__ x, const value *__restrict__ w, const float *__restrict__ bias,
-               const result *residual, result *y, int n, int m, int k, int64_t x_stride, int64_t w_stride) {
+KERNEL(THREADS) __cluster_dims__(CLUSTER, 1, 1)
+SYMBOL(linear)(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+               const float *__restrict__ bias, const result *residual, result *y, int n, int m, int k) {
     DYNAMIC_SHARED(unsigned char, memory);
     __shared__ Barrier full[STAGES], empty[STAGES];
     unsigned char *aligned = memory + (-shared_address(memory) & 1023);
     value *x_ring = reinterpret_cast<value *>(aligned), *w_ring = x_ring + STAGES * TILE_N * TILE_K;
-    Place tile = place(n, m);
-    int tiles = (k + TILE_K - 1) / TILE_K, warpgroup = threadIdx.x / 128;
 
-    if (threadIdx.x == 0)
+    int rank = rank_in_cluster(), n_rank = rank % CLUSTER_N, m_rank = rank / CLUSTER_N;
+    int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER, slots = (k + TILE_K - 1) / TILE_K;
+    int count = ceil_div(n, TILE_N * CLUSTER_N) * ceil_div(m, TILE_M * CLUSTER_M);  // of the clusters' tiles
+    int warpgroup = threadIdx.x / 128;
+
+    if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            barrier_init(&full[s], 32 * COPYING);
-            barrier_init(&empty[s], 4 * MULTIPLYING);
+            barrier_init(&full[s], 1);
+            barrier_init(&empty[s], 4 * (CLUSTER_N + CLUSTER_M - 1));
         }
-    __syncthreads();
+        fence_barrier_init();
+    }
+    sync_cluster();
+    wait_for_previous();
 
     if (warpgroup == MULTIPLYING) {
         fewer_registers();
-        int thread = threadIdx.x % 128, row = thread / ROW_CHUNKS, at = thread % ROW_CHUNKS * CHUNK;
-        int x_rows = n - tile.row - row, w_rows = m - tile.column - row;  // from this thread's on
-        x += (tile.row + row) * x_stride + at;
-        w += (tile.column + row) * w_stride + at;
-        for (int t = 0, slot = 0, parity = 1; t < tiles; t++) {
-            barrier_wait(&empty[slot], parity);  // the first time round nobody has to arrive
-            bool inside = t * TILE_K + at < k;
-            copy_tile<TILE_N>(x_ring + slot * TILE_N * TILE_K, x + t * TILE_K, x_stride, x_rows, inside);
-            copy_tile<TILE_M>(w_ring + slot * TILE_M * TILE_K, w + t * TILE_K, w_stride, w_rows, inside);
-            barrier_arrive_after_copies(&full[slot]);
-            if (++slot == STAGES) slot = 0, parity ^= 1;
+        if (threadIdx.x % 128 < 32) {
+            uint32_t same_rows = CLUSTER_M > 1 ? (1 | 1 << CLUSTER_N * (CLUSTER_M - 1)) << n_rank : 0;
+            uint32_t same_columns = CLUSTER_N > 1 ? ((1 << CLUSTER_N) - 1) << m_rank * CLUSTER_N : 0;
+            Slot slot;
+            for (int q = first; q < count; q += step) {
+                Place tile = place(q, n, m, TILE_N * CLUSTER_N, TILE_M * CLUSTER_M);
+                int row = tile.row + n_rank * TILE_N + m_rank * X_PART;
+                int column = tile.column + m_rank * TILE_M + n_rank * W_PART;
+                for (int t = 0; t < slots; t++, slot.next()) {
+                    value *x_part = x_ring + (slot.at * TILE_N + m_rank * X_PART) * TILE_K;
+                    value *w_part = w_ring + (slot.at * TILE_M + n_rank * W_PART) * TILE_K;
+                    barrier_wait(&empty[slot.at], slot.parity ^ 1);  // the first time round nobody has to arrive
+                    if (threadIdx.x % 32) continue;
+                    barrier_arrive_expecting(&full[slot.at], 128 * (TILE_N + TILE_M));
+                    fetch(x_part, x_map, row, t * TILE_K, &full[slot.at], same_rows);
+                    fetch(w_part, w_map, column, t * TILE_K, &full[slot.at], same_columns);
+                }
+            }
         }
-        commit_async();
-        wait_async<0>();
-        return;
-    }
-
-    more_registers();
-    int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-    uint64_t x_first = descriptor(x_ring + warpgroup * 64 * TILE_K), w_first = descriptor(w_ring);
-    float sums[TILE_M / 2] = {};
-    for (int t = 0, slot = 0, last = 0, parity = 0; t < tiles; t++) {
-        barrier_wait(&full[slot], parity);
-        fence_async_proxy();
-        wgmma_fence();
+    } else {
+        more_registers();
+        int lane = threadIdx.x % 32;
+        bool shares = lane < CLUSTER && (lane % CLUSTER_N == n_rank || lane / CLUSTER_N == m_rank);
+        uint64_t x_first = descriptor(x_ring), w_first = descriptor(w_ring);
+        float sums[BLOCKS][TILE_M / 2] = {};
+        Slot slot;
+        slot.skip(warpgroup * slots);
+        for (int q = first + warpgroup * step; q < count; q += 2 * step) {
+            if (q != first) wait_turn(warpgroup);
+            int last = 0;
+            for (int t = 0; t < slots; t++) {
+                barrier_wait(&full[slot.at], slot.parity);
+                wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < TILE_K / 16; step++)
-            wgmma(sums, x_first + slot * (TILE_N * 128 >> 4) + step * 2,
-                  w_first + slot * (TILE_M * 128 >> 4) + step * 2);
-        wgmma_commit();
-        wgmma_wait<1>();  // the tile before is read
-        if (t && lane == 0) barrier_arrive(&empty[last]);
-        last = slot;
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-    wgmma_wait<0>();
-    sync_multiplying();  // nobody reads the ring any more
-
-    float *own = reinterpret_cast<float *>(aligned) + warp_row * PITCH;
+                for (int s = 0; s < TILE_K / 16; s++)
 #pragma unroll
-    for (int j = 0; j < TILE_M / 8; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float2 two = {sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]};
-            *reinterpret_cast<float2 *>(own + staged(lane / 4 + 8 * half, j * 8 + lane % 4 * 2)) = two;
+                    for (int b = 0; b < BLOCKS; b++)
+                        wgmma(sums[b], x_first + ((slot.at * TILE_N + b * 64) * 128 >> 4) + s * 2,
+                              w_first + (slot.at * TILE_M * 128 >> 4) + s * 2, t + s);
+                wgmma_commit();
+                if (t) {
+                    wgmma_wait<1>();  // the slot before is read
+                    if (shares) barrier_arrive(&empty[last], lane);
+                }
+                last = slot.at;
+                slot.next();
+            }
+            if (q + step < count) give_turn(warpgroup ^ 1);
+            wgmma_wait<0>();
+            if (shares) barrier_arrive(&empty[last], lane);
+            slot.skip(slots);
+            Place tile = place(q, n, m, TILE_N * CLUSTER_N, TILE_M * CLUSTER_M);
+            write_tile(sums, tile.row + n_rank * TILE_N, tile.column + m_rank * TILE_M, bias, residual, y, n, m);
         }
-    __syncwarp();
-#pragma unroll 4
-    for (int p = lane; p < 16 * TILE_M / PIECE; p += 32) {
-        int row = p / (TILE_M / PIECE), column = p % (TILE_M / PIECE) * PIECE;
-        write_piece(own, staged(row, column), tile.row + warp_row + row, tile.column + column, bias, residual, y, n,
-                    m);
     }
+    sync_cluster();  // nobody writes into a block that is gone
 }

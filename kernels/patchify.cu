@@ -41,6 +41,7 @@ INLINE Place this_place(uint32_t rows, uint32_t padded, uint32_t height, uint32_
 KERNEL(THREADS)
 SYMBOL(patchify)(const value *__restrict__ images, value *__restrict__ rows, int n, int padded, int channels,
                  int height, int width) {
+    wait_for_previous();
     Place p = this_place(n, padded, height, width);
     if (!p.inside) return;
     const value *image = images + (int64_t)p.image * channels * height * width;
@@ -62,6 +63,7 @@ SYMBOL(patchify)(const value *__restrict__ images, value *__restrict__ rows, int
 KERNEL(THREADS)
 SYMBOL(patchify_u8)(const uint8_t *__restrict__ images, const float *__restrict__ table,
                     value *__restrict__ rows, int n, int padded, int height, int width) {
+    wait_for_previous();
     Place p = this_place(n, padded, height, width);
     if (!p.inside) return;
     const uint8_t *image = images + (int64_t)p.image * height * width * 3;

@@ -46,6 +46,7 @@ INLINE int level(int sum) {
 KERNEL(THREADS)
 SYMBOL(resize_x)(const uint8_t *images, const int32_t *axis, uint8_t *levels, int height, int width,
                  int channels, int top, int taps, int size, int tile) {
+    wait_for_previous();
     DYNAMIC_SHARED(uint32_t, pixels);
     int begin = blockIdx.x * tile, end = begin + tile < size ? begin + tile : size;
     int left = axis[begin], right = axis[end - 1] + taps;
@@ -71,6 +72,7 @@ SYMBOL(resize_x)(const uint8_t *images, const int32_t *axis, uint8_t *levels, in
 KERNEL(THREADS)
 SYMBOL(resize_y)(const uint8_t *levels, const int32_t *axis, const float *table, value *out, int rows,
                  int taps, int size) {
+    wait_for_previous();
     int x = blockIdx.x * THREADS + threadIdx.x, y = blockIdx.y;
     if (x >= size) return;
     Sum sum = {ROUND, ROUND, ROUND};

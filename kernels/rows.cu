@@ -33,6 +33,7 @@ KERNEL(32 * WARPS)
 SYMBOL(embed_tokens)(const int32_t *__restrict__ ids, const int32_t *__restrict__ positions,
                      const value *__restrict__ token_embedding, const float *__restrict__ positional_embedding,
                      value *__restrict__ x, int n, int d) {
+    wait_for_previous();
     int row = this_row();
     if (row >= n) return;
     const value *token = token_embedding + (int64_t)ids[row] * d;
@@ -59,6 +60,7 @@ SYMBOL(embed_tokens)(const int32_t *__restrict__ ids, const int32_t *__restrict_
 
 KERNEL(32 * WARPS)
 SYMBOL(take)(const value *__restrict__ x, const int32_t *__restrict__ rows, value *__restrict__ y, int n, int d) {
+    wait_for_previous();
     int row = this_row();
     if (row >= n) return;
     const value *from = x + (int64_t)rows[row] * d;
@@ -76,6 +78,7 @@ SYMBOL(take)(const value *__restrict__ x, const int32_t *__restrict__ rows, valu
 
 KERNEL(32 * WARPS)
 SYMBOL(l2_normalize)(const float *__restrict__ x, float *__restrict__ y, int n, int d) {
+    wait_for_previous();
     int row = this_row();
     if (row >= n) return;
     const float *from = x + (int64_t)row * d;
@@ -104,6 +107,7 @@ INLINE float activation(float x) {
 
 KERNEL(THREADS)
 SYMBOL(activate)(value *x, int64_t count) {
+    wait_for_previous();
     int64_t first = ((int64_t)blockIdx.x * THREADS * DEPTH + threadIdx.x) * CHUNK;
     Chunk c[DEPTH];
 #pragma unroll

@@ -25,6 +25,7 @@
 // needs   B and out_height up to 65535
 
 #define THREADS 256
+#define BOUNDS THREADS, 4  // blocks of an SM; for 8 some compilers spill
 
 struct __align__(STEP * sizeof(value)) Step {
     value v[STEP];
@@ -33,6 +34,7 @@ struct __align__(STEP * sizeof(value)) Step {
 KERNEL(THREADS)
 SYMBOL(windows)(const value *image, value *rows, int height, int width, int channels, int k, int stride,
                 int out_width, int row_width) {
+    wait_for_previous();
     int y = blockIdx.y, out_height = gridDim.y, chunks = row_width / CHUNK;
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= out_width * chunks) return;
@@ -60,9 +62,10 @@ SYMBOL(windows)(const value *image, value *rows, int height, int width, int chan
     store_chunk(rows + row * row_width + (i - x * chunks) * CHUNK, chunk);
 }
 
-KERNEL(THREADS)
+KERNEL(BOUNDS)
 SYMBOL(avg_pool2d)(const value *x, value *y, int height, int width, int channels, int k, int out_width,
                    float one_by_k2) {
+    wait_for_previous();
     int steps = channels / STEP, i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= out_width * steps) return;
     int column = i / steps, channel = (i - column * steps) * STEP;

@@ -18,7 +18,8 @@ Array = Any
 MAX_HEAD_WIDTH = 128
 SHORT_KEYS = 32, 64, 80  # variants whose block holds a whole sequence of up to so many tokens
 VARIANTS = {"attention_short": 1, "attention_long": 2, "attention_plain": 3, "attention_pool": 4}
-LONG_QUERIES = 64  # of a block, of which a warp has 16
+LONG_WARPS = 4  # of a block, at most
+FEW_BLOCKS = 128  # which leave processors without work
 PLAIN_THREADS, PLAIN_QUERIES = 256, 32  # of a block
 POOL_WARPS = 4
 
@@ -44,11 +45,16 @@ def attention(
         keys = next(keys for keys in SHORT_KEYS if longest <= keys)
         whole, shared = (*arrays, np.int32(heads), mask), 3 * keys * row
         return _launch("attention_short", {"KEYS": keys}, width, blocks, 2 * keys, shared, whole)
+    queries, step = (32 if width <= 64 else 16), 16  # a warp's registers have no room for more
+    if width <= 64 and blocks * ceil_div(longest, queries * LONG_WARPS) < FEW_BLOCKS:
+        queries, step = 16, 64  # more warps, each with less to wait for
+    warps = ceil_div(longest, queries)  # of all tiles; each tile shall have as many
+    tiles = ceil_div(warps, LONG_WARPS)
+    warps = ceil_div(warps, tiles)
     block = 32 if width > 112 else 64  # keys
-    tiles = ceil_div(longest, LONG_QUERIES)
     tiled = *arrays, np.int32(heads), np.int32(tiles), mask
-    shared = 4 * block * row
-    return _launch("attention_long", {}, width, blocks * tiles, 2 * LONG_QUERIES, shared, tiled)
+    defines, shared = {"QUERIES": queries, "WARPS": warps, "STEP": step}, 4 * block * row
+    return _launch("attention_long", defines, width, blocks * tiles, 32 * warps, shared, tiled)
 
 
 def attention_pool(

@@ -5,18 +5,20 @@ A Device allocates, copies and launches; it knows no op. Work goes to CuPy's cur
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuda_launch import DTYPES, Kernel, Launch
+from . import cuda_driver
+from .cuda_launch import DTYPES, Kernel, Launch, TensorMap
 from .errors import BackendError
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ INSTALL = "pip install 'npclip[cuda12]' (or 'npclip[cuda13]' for CUDA 13)"
 NUMPY_DTYPES = {
     "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "i32": np.int32, "u8": np.uint8,
 }  # fmt: skip
+NULL = np.uint64(0)  # a pointer
 SHARED_BYTES = 48 << 10  # of dynamic shared memory that a kernel may have without asking
 TIMED_RUNS, CALLS_PER_RUN = 7, 10
 ALIGNMENT = 16  # bytes, of what the kernels read
 KEPT_INDICES = 128  # small index arrays that a Device remembers
+KEPT_MAPS = 4096  # and tensor maps, of 128 bytes
 
 
 @functools.cache
@@ -130,8 +134,10 @@ class Device:
 
     def _start(self) -> None:
         self._functions: dict[Kernel, Any] = {}
+        self._shared: dict[Kernel, int] = {}  # bytes of those that have asked for more
         self._indices: OrderedDict[tuple[Any, bytes], Any] = OrderedDict()
-        self._lock = threading.RLock()
+        self._maps: dict[tuple[Any, ...], Any] = {}
+        self._lock, self._threads = threading.RLock(), threading.local()
 
     can_time = True  # unlike a device of the tests
 
@@ -146,6 +152,16 @@ class Device:
         if not self.has_kernels:
             return ("float32",)
         return tuple(d for d in DTYPES if d != "bfloat16" or self.capability >= (8, 0))
+
+    @functools.cached_property
+    def processors(self) -> int:
+        """How many blocks of a large kernel run at once."""
+        return int(self.xp.cuda.runtime.getDeviceProperties(self.ordinal)["multiProcessorCount"])
+
+    @functools.cached_property
+    def cache_bytes(self) -> int:
+        """Of L2."""
+        return int(self.xp.cuda.runtime.getDeviceProperties(self.ordinal)["l2CacheSize"])
 
     @functools.cached_property
     def products(self) -> Any:
@@ -280,13 +296,17 @@ class Device:
                 kept = (pool, *self._indices.values())
         return Captured(graph, stream, result, kept)
 
-    def seconds(self, function: Callable[[], Any]) -> float:
-        """How long what function() puts on the stream takes: the median of a few runs.
+    def common_memory(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which arrays come from CuPy's pool, though a graph be captured."""
+        return self.xp.cuda.using_allocator(self.xp.get_default_memory_pool().malloc)
+
+    def seconds(self, *functions: Callable[[], Any]) -> float:
+        """How long what a function puts on the stream takes, which take turns: a median.
 
         As a graph of several calls: one launch from the host takes longer than a small kernel.
         """
-        xp = self.xp
-        captured = self.capture(lambda: [function() for _ in range(CALLS_PER_RUN)])
+        xp, count = self.xp, max(CALLS_PER_RUN, len(functions))
+        captured = self.capture(lambda: [f() for f in islice(cycle(functions), count)])
         with self.handle:
             events = [xp.cuda.Event() for _ in range(TIMED_RUNS + 1)]
             captured.launch()
@@ -296,17 +316,56 @@ class Device:
             events[-1].record(captured.stream)
             events[-1].synchronize()
             milliseconds = [xp.cuda.get_elapsed_time(*pair) for pair in pairwise(events)]
-        return float(np.median(milliseconds)) / 1e3 / CALLS_PER_RUN
+        return float(np.median(milliseconds)) / 1e3 / count
 
     def run(self, launch: Launch) -> None:
         """Put a kernel on the stream."""
-        function = self._function(launch.kernel)
-        arguments = tuple(np.uint64(0) if a is None else a for a in launch.arguments)
-        shared = launch.shared
+        kernel, grid, block, shared, arguments, stays = launch
+        function = self._functions.get(kernel) or self._function(kernel)
+        if stays:
+            blocks = min(grid[0], self.processors // stays * stays)
+            grid = max(blocks, stays), *grid[1:]
+            arguments = tuple([self._map(a) if type(a) is TensorMap else a for a in arguments])
         with self.handle:
-            if shared > SHARED_BYTES and shared > function.max_dynamic_shared_size_bytes:
-                function.max_dynamic_shared_size_bytes = shared
-            function(launch.grid, (launch.block,), arguments, shared_mem=launch.shared)
+            if shared > self._shared.get(kernel, SHARED_BYTES):
+                function.max_dynamic_shared_size_bytes = self._shared[kernel] = shared
+            if (driver := self._driver) is not None:
+                self._begin_thread()
+                launch = Launch(kernel, grid, block, shared, arguments)
+                driver.run(function, launch, self.xp.cuda.get_current_stream().ptr)
+                return
+            arguments = tuple([NULL if a is None else a for a in arguments])
+            function(grid, (block,), arguments, shared_mem=shared)
+
+    @functools.cached_property
+    def _driver(self) -> cuda_driver.Driver | None:
+        """Where launches may overlap."""
+        if self.capability < cuda_driver.MIN_CAPABILITY:
+            return None
+        if self.xp.cuda.runtime.driverGetVersion() < cuda_driver.MIN_DRIVER:
+            return None
+        with contextlib.suppress(BackendError):
+            return cuda_driver.Driver()
+        return None
+
+    def _begin_thread(self) -> None:
+        """The driver, unlike CuPy, launches nothing before a thread has made the device current."""
+        if not getattr(self._threads, "has_begun", False):
+            self.xp.cuda.runtime.setDevice(self.ordinal)
+            self._threads.has_begun = True
+
+    def _map(self, wanted: TensorMap) -> Any:
+        """Made once for an address and a shape: a map holds no more than these."""
+        x = wanted.array
+        key = x.data.ptr, x.shape, x.strides[0], wanted.box
+        if (known := self._maps.get(key)) is None:
+            from . import tensor_map
+
+            with self._lock:
+                if len(self._maps) >= KEPT_MAPS:
+                    self._maps.clear()
+                known = self._maps[key] = tensor_map.encode(*key)
+        return known
 
     @functools.cached_property
     def _compiler(self) -> Path:
@@ -320,13 +379,12 @@ class Device:
         return path
 
     def _function(self, kernel: Kernel) -> Any:
-        if (function := self._functions.get(kernel)) is None:
-            from . import nvrtc
+        from . import nvrtc
 
-            with self._lock, self.handle:
+        with self._lock, self.handle:
+            if (function := self._functions.get(kernel)) is None:
                 arch = kernel.arch or nvrtc.target(self.capability, self._compiler)
                 cubin = nvrtc.cubin(kernel.source, f"sm_{arch}", self._compiler)
                 module = self.xp.RawModule(path=str(cubin))
-                function = module.get_function(kernel.symbol)
-                self._functions[kernel] = function
+                function = self._functions[kernel] = module.get_function(kernel.symbol)
         return function

@@ -7,14 +7,16 @@ variants() are those worth timing, and linear() has a guess where nothing was ti
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from . import cuda_rows
-from .cuda_launch import Kernel, Launch, ceil_div, stored
+from .cuda_launch import Kernel, Launch, TensorMap, ceil_div, stored
 
 Array = Any
 
@@ -34,11 +36,12 @@ class Variant:
     warps: tuple[int, int, int] = (1, 1, 1)  # of a block along N, M and K
     capability: tuple[int, int] = (8, 0)  # of a GPU, at least; a variant of one arch: exactly
     arch: str = ""  # the only one it compiles for, if there is only one
+    cluster: tuple[int, int] = (1, 1)  # blocks along N and M that share their tiles of w and x
 
     def __str__(self) -> str:
-        """128x128x32x4: tile_n, tile_m, tile_k, stages"""
+        """128x128x32x4: tile_n, tile_m, tile_k, stages; of a cluster, its size, too"""
         tile = f"{self.tile_n}x{self.tile_m}x{self.tile_k}x{self.stages}"
-        return f"{tile} sm_{self.arch}" if self.arch else tile
+        return f"{tile} {self.cluster[0]}x{self.cluster[1]} sm_{self.arch}" if self.arch else tile
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether a GPU of this compute capability runs it."""
@@ -54,7 +57,6 @@ _HALF = (
     Variant(128, 64, 64, 3, (2, 2, 1)),
     Variant(128, 128, 32, 4, (2, 2, 1)),
     Variant(128, 128, 64, 3, (2, 2, 1)),
-    Variant(128, 256, 32, 3, (2, 4, 1)),
 )
 _TURING = (  # 64 KB of shared memory, and copies that are not asynchronous
     Variant(16, 32, 128, 2, (1, 1, 4), (7, 5)),
@@ -62,8 +64,8 @@ _TURING = (  # 64 KB of shared memory, and copies that are not asynchronous
     Variant(128, 128, 32, 2, (2, 2, 1), (7, 5)),
 )
 _HOPPER = (
-    Variant(128, 128, 64, 3, (8, 1, 1), (9, 0), "90a"),
-    Variant(128, 256, 64, 4, (8, 1, 1), (9, 0), "90a"),
+    Variant(128, 128, 64, 7, (4, 1, 1), (9, 0), "90a", (2, 1)),
+    Variant(64, 256, 64, 5, (4, 1, 1), (9, 0), "90a", (2, 1)),
 )
 _FLOAT = (Variant(64, 64, 16, 3, (4, 2, 1), (7, 5)),)
 
@@ -73,6 +75,24 @@ def variants(dtype: str) -> tuple[Variant, ...]:
     if dtype == "f32":
         return _FLOAT
     return (*(_TURING if dtype == "f16" else ()), *_HALF, *_HOPPER)
+
+
+def worth_timing(dtype: str, n: int, capability: tuple[int, int]) -> list[Variant]:
+    """Those that may be the fastest for n rows on a GPU of that capability."""
+    found = [variant for variant in variants(dtype) if variant.runs_on(capability)]
+    if dtype == "f32" or capability < (8, 0):
+        return found
+    found = [variant for variant in found if variant not in _TURING]
+    has_hopper = any(variant.arch for variant in found)
+
+    def fits(variant: Variant) -> bool:
+        if variant.tile_n >= 128 or variant.arch:
+            return n > 64 and (bool(variant.arch) or not has_hopper)
+        if variant.tile_m < 64:
+            return n <= 256
+        return n <= 512 or not has_hopper
+
+    return [variant for variant in found if fits(variant)]
 
 
 def fingerprint() -> str:
@@ -119,16 +139,23 @@ def linear(
     """
     (n, k), m, dtype = x.shape, weight.shape[0], stored(x)
     variant = variant or default_variant(dtype, n, m)
-    row_strides = (a.strides[0] // a.dtype.itemsize for a in (x, weight))
-    return Launch(
-        _kernel(variant, dtype, stored(y), activation, residual_first and residual is not None),
-        (ceil_div(n, variant.tile_n) * ceil_div(m, variant.tile_m), 1, 1),
-        _threads(variant),
-        _shared_bytes(variant, dtype),
-        (x, weight, bias, residual, y, *map(np.int32, (n, m, k)), *map(np.int64, row_strides)),
-    )
+    first = residual_first and residual is not None
+    kernel = _kernel(variant, dtype, stored(y), activation, first)
+    shared, size = _shared_bytes(variant, dtype), map(np.int32, (n, m, k))
+    along_n, along_m = variant.cluster
+    tiles = ceil_div(n, variant.tile_n * along_n) * ceil_div(m, variant.tile_m * along_m)
+    if variant.arch:
+        x_map = TensorMap(x, (variant.tile_n // along_m, variant.tile_k))
+        w_map = TensorMap(weight, (variant.tile_m // along_n, variant.tile_k))
+        arguments = x_map, w_map, bias, residual, y, *size
+        cluster = along_n * along_m
+        return Launch(kernel, (tiles * cluster, 1, 1), 384, shared, arguments, stays=cluster)
+    strides = (np.int64(a.strides[0] // a.dtype.itemsize) for a in (x, weight))
+    arguments = x, weight, bias, residual, y, *size, *strides
+    return Launch(kernel, (tiles, 1, 1), 32 * math.prod(variant.warps), shared, arguments)
 
 
+@cache
 def _kernel(
     variant: Variant, dtype: str, result: str, activation: str | None, residual_first: bool
 ) -> Kernel:
@@ -141,16 +168,13 @@ def _kernel(
         "RESIDUAL_FIRST": int(residual_first),
         "RESULT_F32": int(result == "f32"),
     }
-    if not variant.arch and dtype != "f32":
+    if variant.arch:
+        along_n, along_m = variant.cluster
+        defines |= {"CLUSTER_N": along_n, "CLUSTER_M": along_m}
+    elif dtype != "f32":
         defines |= zip(("WARPS_N", "WARPS_M", "WARPS_K"), variant.warps, strict=True)
     file = "linear_hopper" if variant.arch else "linear"
     return Kernel(file, "linear", dtype, tuple(defines.items()), HEADERS, variant.arch)
-
-
-def _threads(variant: Variant) -> int:
-    along_n, along_m, along_k = variant.warps
-    copying = (2 if variant.tile_m == 128 else 4) if variant.arch else 0
-    return 32 * (along_n * along_m * along_k + copying)
 
 
 def _shared_bytes(variant: Variant, dtype: str) -> int:

@@ -31,6 +31,7 @@ Way = Callable[..., None]  # of x, weight, bias, residual, y
 PLANS = 4  # of cuBLASLt that are timed
 KEPT_PLANS = 512  # shapes
 CUBLASLT = "cublaslt"
+FEW_ROWS, MOST_COPIES = 512, 64  # where reading the weights is most of the work
 
 
 class Key(NamedTuple):
@@ -45,6 +46,11 @@ class Key(NamedTuple):
     has_bias: bool
     has_residual: bool
     residual_first: bool
+
+
+def round_up_to_power(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 class Products:
@@ -70,15 +76,15 @@ class Products:
     ) -> None:
         """y = activation(x weight^T + bias) + residual, as cuda_linear.linear takes them."""
         (n, k), m = x.shape, weight.shape[0]
-        rows = 1 << max(0, n - 1).bit_length()
+        rows = round_up_to_power(n)
         has = bias is not None, residual is not None
         key = Key(stored(x), stored(y), rows, k, m, activation, *has, residual_first)
-        with self.device.handle:
-            with self._lock:
-                if key not in self._chosen:
+        if (way := self._chosen.get(key)) is None:
+            with self.device.handle, self._lock:
+                if (way := self._chosen.get(key)) is None:
                     name = self._choose(key, x, weight, bias, residual, y)
-                    self._chosen[key] = self._way(key, name)
-            self._chosen[key](x, weight, bias, residual, y)
+                    way = self._chosen[key] = self._way(key, name)
+        way(x, weight, bias, residual, y)
 
     def _choose(self, key: Key, *arrays: Array) -> str:
         names = list(self._names(key, *arrays))
@@ -87,19 +93,27 @@ class Products:
         if (known := self._remembered.get(repr(key))) in names:
             return known
         x, weight, bias, residual, y = arrays
-        spare = self.device.copy(y)  # a residual may be y itself
-        seconds = {}
+        with self.device.common_memory():  # a graph's memory is its own for as long as it lives
+            spare = self.device.copy(y)  # a residual may be y itself
+            weights, seconds = self._as_in_a_model(key, weight), {}
         for name in names:
             seconds[name] = math.inf  # where a way fails on this GPU
             with contextlib.suppress(BackendError, RuntimeError):
-                way = partial(self._way(key, name), x, weight, bias, residual, spare)
-                seconds[name] = self.device.seconds(way)
+                way = self._way(key, name)
+                calls = [partial(way, x, w, bias, residual, spare) for w in weights]
+                seconds[name] = self.device.seconds(*calls)
         best = min(names, key=seconds.__getitem__)
         self._remember(key, best)
         return best
 
-    def _names(self, key: Key, *arrays: Array) -> Iterator[str]:
-        """What can compute it, our default first."""
+    def _as_in_a_model(self, key: Key, weight: Array) -> list[Array]:
+        """The weight, and for few rows copies of it, so many that L2 has none when it is read."""
+        most = MOST_COPIES if key.n <= FEW_ROWS else 1
+        count = min(most, 1 + 2 * self.device.cache_bytes // max(1, weight.nbytes))
+        return [weight, *(self.device.copy(weight) for _ in range(count - 1))]
+
+    def _names(self, key: Key, *arrays: Array, everything: bool = False) -> Iterator[str]:
+        """What can compute it, our default first; everything: not only what may be the fastest."""
         wanted = os.environ.get("NPCLIP_CUDA_LINEAR", "")
         capability = self.device.capability
         variants = [v for v in cuda_linear.variants(key.kind) if v.runs_on(capability)]
@@ -113,6 +127,8 @@ class Products:
             return
         default = cuda_linear.default_variant(key.kind, key.n, key.m, capability)
         yield str(default)
+        if not everything:
+            variants = cuda_linear.worth_timing(key.kind, key.n, capability)
         yield from (str(v) for v in variants if v != default)
         yield from (f"{CUBLASLT} {i}" for i in range(plans))
 
@@ -126,16 +142,17 @@ class Products:
         return 0
 
     def _plans_of(self, key: Key, x: Array, weight: Array) -> list[cublaslt.Plan]:
-        (n, k), m = x.shape, len(weight)
-        strides = (a.strides[0] // a.dtype.itemsize for a in (x, weight))
+        (n, k), m, size = x.shape, weight.shape[0], x.dtype.itemsize
+        strides = x.strides[0] // size, weight.strides[0] // size
         shape = n, k, m, key.kind, key.result, *strides, m, key.has_bias, key.has_residual
         with self._lock:
-            if shape not in self._plans:
-                self._plans[shape] = self._library.plan(*shape, PLANS)
+            if (plans := self._plans.get(shape)) is None:
+                with self.device.handle:
+                    plans = self._plans[shape] = self._library.plan(*shape, PLANS)
             self._plans.move_to_end(shape)
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
-            return self._plans[shape]
+            return plans
 
     def _way(self, key: Key, name: str) -> Way:
         library, _, plan = name.partition(" ")
@@ -158,11 +175,12 @@ class Products:
             return self._by_kernel(key, variant, x, w, bias, r, y)
         plan = plans[min(index, len(plans) - 1)]
         bias = self._bias(bias, key.result)
-        addresses = (None if a is None else a.data.ptr for a in (x, w, bias, r, y))
-        stream = self.device.xp.cuda.get_current_stream().ptr
-        # Freed at once: what gets its memory next on this stream comes after the product.
-        workspace = self.device.empty((max(1, plan.workspace_bytes),), "u8")
-        self._library.run(plan, *addresses, workspace.data.ptr, stream)
+        addresses = [None if a is None else a.data.ptr for a in (x, w, bias, r, y)]
+        with self.device.handle:
+            stream = self.device.xp.cuda.get_current_stream().ptr
+            # Freed at once: what gets its memory next on this stream comes after the product.
+            workspace = self.device.empty((max(1, plan.workspace_bytes),), "u8")
+            self._library.run(plan, *addresses, workspace.data.ptr, stream)
         if key.activation:
             self.device.run(cuda_rows.activate(y, key.activation))
 

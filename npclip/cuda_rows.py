@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_launch import Kernel, Launch, ceil_div, stored
+from .cuda_launch import Launch, ceil_div, kernel, stored
 
 Array = Any
 
@@ -55,10 +55,10 @@ def _layer_norm(
     n, d = y.shape
     step = _step(y)
     kept = ceil_div(d, 32 * step) if step > 1 and d <= MAX_KEPT_WIDTH else 0
-    kernel = Kernel("layer_norm", op, stored(y), (("STEP", step), ("KEPT", kept)))
-    sizes = (np.int32(size) for size in (n, *tokens, d))
+    which = kernel("layer_norm", op, stored(y), ("STEP", step), ("KEPT", kept))
+    sizes = map(np.int32, (n, *tokens, d))
     rows = WARPS * (KEPT_ROWS if kept else 1)
-    return Launch(kernel, _grid(n, rows), 32 * WARPS, 0, (*arrays, *sizes, np.float32(eps)))
+    return Launch(which, _grid(n, rows), 32 * WARPS, 0, (*arrays, *sizes, np.float32(eps)))
 
 
 def embed_tokens(
@@ -80,16 +80,16 @@ def l2_normalize(x: Array, y: Array) -> Launch:
 
 def _rows(op: str, arrays: tuple[Array, ...], y: Array) -> Launch:
     n, d = y.shape
-    kernel = Kernel("rows", op, stored(y), (("STEP", _step(y)),))
-    return Launch(kernel, _grid(n, WARPS), 32 * WARPS, 0, (*arrays, np.int32(n), np.int32(d)))
+    which = kernel("rows", op, stored(y), ("STEP", _step(y)))
+    return Launch(which, _grid(n, WARPS), 32 * WARPS, 0, (*arrays, np.int32(n), np.int32(d)))
 
 
 def activate(x: Array, activation: str) -> Launch:
     """x = activation(x), in place, whatever its shape; see reference.ACTIVATIONS."""
-    kernel = Kernel("rows", "activate", stored(x), (("ACTIVATION", ACTIVATIONS[activation]),))
+    which = kernel("rows", "activate", stored(x), ("ACTIVATION", ACTIVATIONS[activation]))
     count = math.prod(x.shape)
     grid = _grid(count, THREADS * DEPTH * _chunk(x))
-    return Launch(kernel, grid, THREADS, 0, (x, np.int64(count)))
+    return Launch(which, grid, THREADS, 0, (x, np.int64(count)))
 
 
 def patchify(images: Array, patch: int, rows: Array) -> Launch:
@@ -114,10 +114,10 @@ def _patchify(
     sizes: tuple[int, ...],
 ) -> Launch:
     n, padded = rows.shape
-    kernel = Kernel("patchify", op, stored(rows), (("PATCH", patch), ("WHOLE", int(whole))))
+    which = kernel("patchify", op, stored(rows), ("PATCH", patch), ("WHOLE", int(whole)))
     grid = _grid(n * (padded // _chunk(rows)), THREADS)
-    integers = (np.int32(size) for size in (n, padded, *sizes))
-    return Launch(kernel, grid, THREADS, 0, (*arrays, *integers))
+    integers = map(np.int32, (n, padded, *sizes))
+    return Launch(which, grid, THREADS, 0, (*arrays, *integers))
 
 
 def _chunk(x: Array) -> int:

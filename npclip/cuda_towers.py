@@ -1,14 +1,16 @@
 """The towers on a GPU: inputs from the host or the device, in batches, small ones as CUDA graphs.
 
-A batch of up to 64 is filled up to the next power of two and replayed as one graph: its hundred
+A batch of few tokens is filled up to one of a few sizes and replayed as one graph: its hundred
 launches then cost one. Each graph has its own buffers and runs for one thread at a time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from . import ops
 from .config import Config, Metadata
 from .cuda import Levels
+from .cuda_attention import SHORT_KEYS
 from .cuda_device import Captured, Device, Sequences
 from .cuda_launch import DTYPES
 from .cuda_preprocess import normalize_table, preprocess_on_device
@@ -25,12 +28,14 @@ from .inputs import gpu_of
 from .model import encode_image, encode_tokens
 from .ops import Array, Parameters
 
-LARGEST_GRAPH = 64  # images or texts; what is larger hides its launches
+GRAPH_TOKENS = 4096  # of a batch, at most; what is larger hides its launches
+KEPT_GRAPHS = 64  # of one function
 
 
-def round_up_to_power(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
+def graph_size(n: int) -> int:
+    """n rounded up to 1, 1.25, 1.5 or 1.75 times a power of two: at most a quarter is wasted."""
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
 
 
 class Graphs:
@@ -39,18 +44,21 @@ class Graphs:
     def __init__(self, device: Device, function: Callable[..., Array]) -> None:
         """function: of device arrays, its result depends on nothing else."""
         self.device, self.function = device, function
-        self._graphs: dict[Any, tuple[threading.Lock, list[Array], Captured]] = {}
+        self._graphs: OrderedDict[Any, tuple[threading.Lock, list[Array], Captured]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Array) -> Array:
-        """function(*inputs), as a graph that is captured at the first call with such shapes."""
-        device, key = self.device, tuple((x.shape, str(x.dtype)) for x in inputs)
+    def __call__(self, *inputs: Array, **fixed: Any) -> Array:
+        """function(*inputs, **fixed), as a graph: captured at the first call with such shapes."""
+        device, key = self.device, (*[(x.shape, x.dtype) for x in inputs], *fixed.items())
         with self._lock:
             if key not in self._graphs:
                 buffers = [device.copy(x) for x in inputs]
-                captured = device.capture(partial(self.function, *buffers))
+                captured = device.capture(partial(self.function, *buffers, **fixed))
                 self._graphs[key] = threading.Lock(), buffers, captured
-        lock, buffers, captured = self._graphs[key]
+            self._graphs.move_to_end(key)
+            while len(self._graphs) > KEPT_GRAPHS:
+                self._graphs.popitem(last=False)
+            lock, buffers, captured = self._graphs[key]
         with lock:
             return device.replay(captured, buffers, inputs)
 
@@ -113,12 +121,12 @@ class Towers:
         images, graphs = self.device.asarray(images), self._bytes
         if images.dtype != np.uint8:
             images, graphs = self.device.cast(images, self.dtype), self._images
-        if not self._has_graphs(count):
+        if not self._has_graphs(count * (self.config.grid**2 + 1)):
             return graphs.function(images)
-        return graphs(self.device.fill_up(images, round_up_to_power(count)))[:count]
+        return graphs(self.device.fill_up(images, graph_size(count)))[:count]
 
-    def _has_graphs(self, count: int) -> bool:
-        return count <= LARGEST_GRAPH and self.device.has_kernels
+    def _has_graphs(self, tokens: int) -> bool:
+        return tokens <= GRAPH_TOKENS and self.device.has_kernels
 
     def _encode_bytes(self, images: Array) -> Array:
         return self._encode_pixels(Levels(images, self._table, DTYPES[self.dtype]))
@@ -134,31 +142,37 @@ class Towers:
         packed = ops.pack_tokens(ids)
         if not self.device.has_kernels:
             return encode_tokens(*packed, self.params["text"], self.config)
-        if self._has_graphs(count):
-            filled = fill_up_tokens(*packed, self.config.context_length)
-            return self._texts(*map(self.device.asarray, filled))[:count]
         longest = int(np.diff(packed[2]).max())
-        tokens, positions, seqs, last = (self.device.asarray(a.astype(np.int32)) for a in packed)
-        return self._encode_tokens(tokens, positions, seqs, last, longest)
+        if not self._has_graphs(len(packed[0])):
+            return self._encode_tokens(*self._as_one(packed), longest)
+        longest = min([keys for keys in SHORT_KEYS if keys >= longest], default=longest)
+        longest = min(longest, self.config.context_length)  # there are no more positions
+        joined, sizes = self._as_one(fill_up_tokens(*packed, longest))
+        return self._texts(joined, sizes=sizes, longest=longest)[:count]
 
-    def _encode_tokens(
-        self, tokens: Array, positions: Array, seqs: Array, last: Array, longest: int = 0
-    ) -> Array:
-        """longest: of the texts, if it is known; a graph takes any."""
-        sequences = Sequences(seqs, longest or self.config.context_length)
+    def _as_one(self, arrays: Iterable[NDArray[Any]]) -> tuple[Array, tuple[int, ...]]:
+        """Arrays as one int32 array on the device, copied at once, and their sizes."""
+        arrays = list(arrays)
+        joined = np.concatenate(arrays, dtype=np.int32)
+        return self.device.asarray(joined), tuple(map(len, arrays))
+
+    def _encode_tokens(self, joined: Array, sizes: tuple[int, ...], longest: int) -> Array:
+        """joined: tokens, positions, seqs and last, one after the other."""
+        bounds = pairwise([0, *accumulate(sizes)])
+        tokens, positions, seqs, last = (joined[start:end] for start, end in bounds)
+        sequences = Sequences(seqs, longest)
         return encode_tokens(tokens, positions, sequences, last, self.params["text"], self.config)
 
 
 def fill_up_tokens(
     tokens: Array, positions: Array, seqs: Array, last: Array, longest: int
 ) -> Iterator[NDArray[np.int32]]:
-    """Packed texts with so many more that all shapes are powers of two, or follow from them.
+    """Packed texts with so many more that all shapes are those of graph_size, or follow from them.
 
     What is added are texts of token 0, up to `longest` tokens each, and empty ones; nobody reads
     them. Sequences: as many as the rows of `last`, and enough for any number of added tokens.
     """
-    total = max(16, round_up_to_power(len(tokens)))
-    texts = round_up_to_power(len(last))
+    total, texts = max(16, graph_size(len(tokens))), graph_size(len(last))
     sequences = texts + -(-total // longest)
     added = np.arange(len(tokens), total, dtype=np.int32) - len(tokens)
     ends = np.minimum(np.arange(1, sequences - len(last) + 1) * longest, len(added)) + len(tokens)

@@ -100,6 +100,21 @@ def target(capability: tuple[int, int], library: Path | None = None) -> str:
     return str(max(fitting))
 
 
+def version(library: Path | None = None) -> str:
+    """The CUDA version of this NVRTC, as it says itself: "12.9"."""
+    return _Library.of(library).version
+
+
+def key(source: str, arch: str, version: str) -> str:
+    """A name for what a compiler of that version makes of a source: of all that it depends on.
+
+    The headers' path is no part of it.
+    """
+    import hashlib
+
+    return hashlib.sha256("\0".join((source, arch, version, *OPTIONS)).encode()).hexdigest()
+
+
 def cubin(source: str, arch: str, library: Path | None = None) -> Path:
     """The file of a source compiled for arch ("sm_80"), which is compiled once and then kept.
 
@@ -107,7 +122,7 @@ def cubin(source: str, arch: str, library: Path | None = None) -> Path:
     be written. Several processes may ask at once.
     """
     nvrtc = _Library.of(library)
-    name = f"{_key(source, arch, nvrtc.version)}.cubin"
+    name = f"{key(source, arch, nvrtc.version)}.cubin"
     folder = _cache_folder()
     if folder is not None and _is_whole(folder / name):
         return folder / name
@@ -126,8 +141,7 @@ class _Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            if sys.platform == "win32":
-                os.add_dll_directory(str(path.parent.resolve()))  # its builtins lie beside it
+            self._builtins = _load_builtins(path.parent)
             self._c: Any = ctypes.CDLL(str(path))
             self._c.nvrtcGetErrorString.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
@@ -190,6 +204,14 @@ class _Library:
         if code:
             reason = self._c.nvrtcGetErrorString(code).decode()
             raise BackendError(f"{self.path}: {function}: {reason}")
+
+
+def _load_builtins(folder: Path) -> list[Any]:
+    """What NVRTC opens by name as it compiles, and not every wheel of it finds beside itself."""
+    if sys.platform == "win32":
+        return [os.add_dll_directory(str(folder.resolve()))]
+    files = sorted(folder.glob("libnvrtc-builtins.so.*"))
+    return [ctypes.CDLL(str(file)) for file in files if not file.is_symlink()]
 
 
 @cache
@@ -302,13 +324,6 @@ def _usage(log: str) -> dict[str, Usage]:
         )
         for kernel in _PTXAS.finditer(log)
     }
-
-
-def _key(source: str, arch: str, version: str) -> str:
-    """Of everything that a cubin depends on; the headers' path is no part of it."""
-    import hashlib
-
-    return hashlib.sha256("\0".join((source, arch, version, *OPTIONS)).encode()).hexdigest()
 
 
 def _cache_folder() -> Path | None:

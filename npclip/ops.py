@@ -45,10 +45,17 @@ def _backend(x: Array) -> ModuleType:
     """What computes on the device where x lies."""
     if not is_device_array(x):
         return _host_backend()
+    cuda, device_of = _gpu_backend()
+    return cuda if device_of(x).has_kernels else reference
+
+
+@functools.cache
+def _gpu_backend() -> Any:
+    """The CUDA kernels, and what says on which GPU an array lies."""
     from . import cuda
     from .cuda_device import device_of
 
-    return cuda if device_of(x).has_kernels else reference
+    return cuda, device_of
 
 
 def resolve(device: str | None = None, dtype: str | None = None) -> tuple[str, str]:

@@ -157,6 +157,20 @@ def test_a_cubin_and_what_it_uses(library):
 
 
 @needs_nvrtc
+def test_what_nvrtc_itself_loads_is_found_beside_it(library):
+    """Also where neither its RUNPATH nor cuda.pathfinder helps."""
+    code = f"""
+from pathlib import Path
+from npclip import nvrtc
+nvrtc._from_pathfinder = lambda: iter(())
+library = Path({str(library)!r})
+print(nvrtc.version(library), len(nvrtc.compile({SOURCE!r}, "sm_80", library=library).binary))"""
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert printed[0] == nvrtc.version(library) and int(printed[1]) > 0
+
+
+@needs_nvrtc
 def test_ptx(library):
     program = nvrtc.compile(SOURCE, "compute_80", ["-lineinfo"], library)
     assert ".entry double_f32" in program.binary.decode()
@@ -247,7 +261,7 @@ def test_a_cubin_is_compiled_once(cache, compiled):
         nvrtc.cubin(SOURCE + "\n", "sm_80"),
         *(nvrtc.cubin(SOURCE, "sm_80", library) for library in nvrtc.libraries()),
     }
-    assert len(others | {path}) == 2 + len({nvrtc._load(p).version for p in nvrtc.libraries()})
+    assert len(others | {path}) == 2 + len({nvrtc.version(p) for p in nvrtc.libraries()})
 
 
 @needs_nvrtc

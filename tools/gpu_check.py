@@ -22,10 +22,10 @@ the earlier file stays as gpu_check.earlier.json.
     kernels       every op, dtype and shape against float64: outputs poisoned, three equal repeats
     sanitizer     compute-sanitizer's memcheck and racecheck, of tiny shapes
     timings       every op: GB/s and TFLOP/s, and how much that is of the measured rates
+    peers-*       towers of random models beside torch (eager, compiled), ONNX Runtime, TensorRT
     products      matrix products: every way to compute them, right for every epilogue; by shape
     launches      what a launch costs, alone and in a graph; three threads, each on its stream
-    models        whole towers of random models, batches 1 to 1024
-    peers-*       the same beside torch (eager, torch.compile), ONNX Runtime and TensorRT
+    models        the towers alone, batches 1 to 1024
 
 Without a GPU every stage that needs one is recorded as skipped. The exit status is 1 if a stage
 failed, took too long, or found a wrong result.
@@ -86,14 +86,14 @@ STAGES = {
     "kernels": Stage("gpu_kernels", "check_stage", 70),
     "sanitizer": Stage("gpu_kernels", "sanitizer_stage", 45),
     "timings": Stage("gpu_kernels", "timing_stage", 40),
-    "products": Stage("gpu_products", "product_stage", 40),
-    "launches": Stage("gpu_models", "launch_stage", 25),
-    "models": Stage("gpu_models", "model_stage", 105),
     "peers-B/32": Stage("gpu_peers", "peer_stage", 80, ("ViT-B/32", "image")),
     "peers-L/14": Stage("gpu_peers", "peer_stage", 70, ("ViT-L/14", "image")),
     "peers-text": Stage("gpu_peers", "peer_stage", 35, ("ViT-B/32", "text")),
     "peers-L/14@336": Stage("gpu_peers", "peer_stage", 30, ("ViT-L/14@336px", "image")),
     "peers-B/16": Stage("gpu_peers", "peer_stage", 25, ("ViT-B/16", "image")),
+    "products": Stage("gpu_products", "product_stage", 40),
+    "launches": Stage("gpu_models", "launch_stage", 25),
+    "models": Stage("gpu_models", "model_stage", 105),
     "tiny": Stage("gpu_kernels", "tiny_stage", 30, is_default=False),  # for compute-sanitizer
 }
 

@@ -49,7 +49,7 @@ DECISIVE = {  # batches that the project's targets name; most important first
     ("ViT-B/32", "image"): (256, 1, 1024), ("ViT-L/14", "image"): (256, 1, 1024),
     ("ViT-B/32", "text"): (256,), ("ViT-L/14@336px", "image"): (256, 1024),
 }  # fmt: skip
-PREPARATION = {EAGER: 2.0, DEFAULT: 20.0, REDUCE: 20.0, MAX: 100.0}  # seconds, of 12 blocks
+PREPARATION = {EAGER: 2.0, DEFAULT: 10.0, REDUCE: 10.0, MAX: 60.0}  # seconds, of 12 blocks
 WARM_UP = 3  # calls
 SLOW_FLOP = 2e14  # a second: what a case takes at most is reckoned with it
 QKV = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
@@ -227,7 +227,9 @@ def compare(
 def plan(name: str, what: str) -> list[tuple[str, int]]:
     """Peers and batches: what the targets name first, then what is cheap, then the rest."""
     decisive = DECISIVE.get((name, what), ())
-    found = [(peer, batch) for batch in decisive for peer in (EAGER, REDUCE, DEFAULT)]
+    found = [(peer, batch) for batch in decisive[:2] for peer in (EAGER, REDUCE)]
+    found += [(DEFAULT, batch) for batch in decisive[:2]]
+    found += [(peer, batch) for batch in decisive[2:] for peer in (EAGER, REDUCE, DEFAULT)]
     found += [(EAGER, batch) for batch in BATCHES]
     if (name, what) == ("ViT-B/32", "image"):
         found += [(MAX, 256), (MAX, 1)]

@@ -20,8 +20,7 @@ from gpu_rates import EventTimer, Rates, known_rates, median_seconds, rotation
 from npclip import cuda_linear, nvrtc
 from npclip.cuda_device import NUMPY_DTYPES
 from npclip.cuda_launch import Kernel
-from npclip.cuda_products import Key
-from npclip.cuda_towers import round_up_to_power
+from npclip.cuda_products import Key, round_up_to_power
 from npclip.kernels import reference
 
 CHOSEN = "chosen"  # by npclip, of the ways
@@ -83,13 +82,19 @@ class Operands(NamedTuple):
 Way = Callable[..., None]  # of x, weight, bias, residual, y
 
 
-def ways(device: Any, case: Case, kind: str, arrays: Operands) -> dict[str, Way]:
-    """Every way by name: our variants that run here, cuBLASLt's plans, and what is chosen."""
+def ways(
+    device: Any, case: Case, kind: str, arrays: Operands, everything: bool = True
+) -> dict[str, Way]:
+    """Ways by name: our variants that run here, cuBLASLt's plans, and what is chosen.
+
+    everything: not only what may be the fastest.
+    """
     products, activation = device.products, case.activation()
     n, k, m = case.shape
     has = arrays.bias is not None, arrays.residual is not None
     key = Key(kind, kind, round_up_to_power(n), k, m, activation, *has, False)
-    found = {name: products._way(key, name) for name in products._names(key, *arrays)}
+    names = products._names(key, *arrays, everything=everything)
+    found = {name: products._way(key, name) for name in names}
     return {**found, CHOSEN: lambda x, w, bias, r, y: products.run(x, w, bias, activation, r, y)}
 
 
@@ -125,7 +130,7 @@ def compare(
     sets, nbytes = [first], sum(a.nbytes for a in first if a is not None)
     for _ in range(1, rotation(nbytes, cache_bytes, most=16) if rates else 1):
         sets.append(Operands(*(None if a is None else device.copy(a) for a in first)))
-    for name, way in ways(device, case, kind, first).items():
+    for name, way in ways(device, case, kind, first, everything=not rates).items():
         row: dict[str, Any] = {"case": str(case), "dtype": kind, "way": name}
         poison(first.y)
         try:
@@ -163,16 +168,17 @@ def check_epilogue(
         expected = reference.linear(**exact, activation=wanted.activation)
     has = wanted.bias, wanted.residual, wanted.residual_first
     key = Key(kind, result, round_up_to_power(n), k, m, wanted.activation, *has)
-    for name in products._names(key, *arrays):
+    for name in products._names(key, *arrays, everything=True):
         row: dict[str, Any] = {"case": str(case), "dtype": kind, "way": name}
+        given = arrays
         if wanted.in_place:
             copy = device.copy(arrays.residual)
-            arrays = arrays._replace(y=copy, residual=copy)
+            given = arrays._replace(y=copy, residual=copy)
         else:
             poison(arrays.y)
         try:
-            products._way(key, name)(*arrays)
-            relative, largest = errors(host_values(device, arrays.y), expected)
+            products._way(key, name)(*given)
+            relative, largest = errors(host_values(device, given.y), expected)
             stored = kind if result == kind else "wide"
             row |= {"relative_error": relative, "ok": is_right(stored, relative, largest)}
         except Exception as error:

@@ -214,7 +214,7 @@ def _compiler_of(device: Any) -> str:
 
 def _compilers() -> list[str]:
     try:
-        return [f"{path.name} {nvrtc._load(path).version}" for path in nvrtc.libraries()]
+        return [f"{path.name} {nvrtc.version(path)}" for path in nvrtc.libraries()]
     except Exception as error:
         return [str(error)]
 

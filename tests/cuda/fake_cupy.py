@@ -12,6 +12,7 @@ nobody keeps. Fresh memory holds 0xFF in every byte, and what is captured does n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import threading
@@ -22,9 +23,11 @@ from types import SimpleNamespace
 import numpy as np
 from cuda import shim
 
+from npclip import cuda_driver
 from npclip.cuda_launch import Launch
 
 DEFAULT_SHARED = 48 << 10  # of dynamic shared memory, before a kernel asks for more
+PROCESSORS, CACHE_BYTES = 7, 4096
 # NumPy's functions that are CuPy's, too, as far as they are called.
 FUNCTIONS = {
     "absolute", "add", "atleast_2d", "bitwise_and", "clip", "concatenate", "copysign", "divide",
@@ -55,6 +58,7 @@ class Gpus:
         self.loaded = []  # (device, symbol) of kernels
         self.reads = []  # streams that copied to the host
         self.attributes = []  # (device, symbol, bytes) that were set
+        self.functions = weakref.WeakValueDictionary()  # by CUfunction
         self.waits = []  # (stream, stream that it waits for)
         self.clock = 0.0  # milliseconds
         self.memories = weakref.WeakValueDictionary()  # by address
@@ -138,6 +142,12 @@ class MemoryPool:
 
     def malloc(self, size):
         raise NotImplementedError("only as the argument of using_allocator")
+
+
+class DefaultPool(MemoryPool):
+    """Keeps nothing that nobody else keeps."""
+
+    blocks = property(lambda self: [], lambda self, _: None)
 
 
 # ---- devices, streams, events, graphs ----
@@ -482,6 +492,8 @@ class Function:
     def __init__(self, gpus, kernel):
         self.gpus, self.kernel = gpus, kernel
         self._shared = {}  # by device
+        object.__setattr__(kernel, "ptr", id(self))  # though it be frozen
+        gpus.functions[kernel.ptr] = self
 
     @property
     def max_dynamic_shared_size_bytes(self):
@@ -517,9 +529,56 @@ def _argument(x):
     """A kernel's argument as the shim takes it."""
     if isinstance(x, ndarray):
         return x.values
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and x.size != 1:  # one element goes by value
         raise TypeError("You are trying to pass a numpy.ndarray as a kernel parameter.")
-    return None if isinstance(x, np.uint64) else x  # npclip's null pointer
+    return None if isinstance(x, np.uint64) else x  # npclip's null pointer; the driver's is None
+
+
+class Libcuda:
+    """The driver's launches, which read the arguments from memory; the calls are its own."""
+
+    def __init__(self, gpus):
+        self.cuLaunchKernelEx = _LaunchKernelEx(gpus)
+
+
+class _LaunchKernelEx:
+    def __init__(self, gpus):
+        self.gpus, self.error, self.attributes = gpus, 0, []
+
+    def __call__(self, config, function, pointers, extra):
+        config, gpus = config._obj, self.gpus
+        if not getattr(gpus.state, "has_context", False):
+            return 201  # CUDA_ERROR_INVALID_CONTEXT
+        if self.error or extra is not None:
+            return self.error or 1
+        if (config.stream or 0) != gpus.stream.ptr:
+            raise GpuError("a launch on another stream than the current one")
+        for i in range(config.count):
+            size = ctypes.sizeof(cuda_driver.Attribute)
+            attribute = cuda_driver.Attribute.from_address(config.attributes + i * size)
+            self.attributes.append((attribute.id, attribute.value))
+        launched, pointers = gpus.functions[function], pointers._obj
+        parameters = shim.signature(launched.kernel)
+        if len(pointers) != len(parameters):
+            raise GpuError(f"{len(pointers)} arguments for {len(parameters)} parameters")
+        arguments = tuple(map(self._argument, pointers, parameters))
+        (width, *others), shared = config.block, config.shared
+        assert others == [1, 1]
+        launched(tuple(config.grid), (width,), arguments, shared_mem=shared)
+        return 0
+
+    def _argument(self, pointer, parameter):
+        """What lies there, as CuPy takes it; an array is flat, to the end of its memory."""
+        kind, size = parameter.removeprefix("const ")[0], int(parameter.rstrip("*")[-1])
+        dtype = np.dtype({"b": "u", "?": "u"}.get(kind, kind) + str(size))
+        if not parameter.endswith("*"):
+            return np.frombuffer(ctypes.string_at(pointer, size), dtype)[0]
+        address = ctypes.c_uint64.from_address(pointer).value
+        if not address:
+            return None
+        memory = self.gpus.at(address)
+        rest = memory.bytes[address - memory.address :]
+        return ndarray(rest[: len(rest) // size * size].view(dtype), memory)
 
 
 # ---- the module ----
@@ -568,7 +627,12 @@ def module(capabilities=((8, 0),), version="14.2.0", error=None):
 
     def get_device_properties(ordinal):
         major, minor = gpus.capabilities[ordinal]
-        return {"name": b"fake GPU %d" % ordinal, "major": major, "minor": minor}
+        name = b"fake GPU %d" % ordinal
+        sizes = {"multiProcessorCount": PROCESSORS, "l2CacheSize": CACHE_BYTES}
+        return {"name": name, "major": major, "minor": minor, **sizes}
+
+    def set_device(ordinal):
+        gpus.state.device, gpus.state.has_context = ordinal, True
 
     def raw_module(*, path):
         if not isinstance(path, str):
@@ -593,11 +657,14 @@ def module(capabilities=((8, 0),), version="14.2.0", error=None):
         getDeviceCount=get_device_count,
         getDeviceProperties=get_device_properties,
         runtimeGetVersion=lambda: 12090,
+        driverGetVersion=lambda: 13000,
         getDevice=lambda: gpus.device,
+        setDevice=set_device,
     )
     return SimpleNamespace(
         __version__=version,
         gpus=gpus,
+        libcuda=Libcuda(gpus),
         ndarray=ndarray,
         empty=gpus.allocate,
         zeros=zeros,
@@ -606,6 +673,7 @@ def module(capabilities=((8, 0),), version="14.2.0", error=None):
         asnumpy=lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),
         from_dlpack=from_dlpack,
         RawModule=raw_module,
+        get_default_memory_pool=DefaultPool,
         cuda=SimpleNamespace(
             runtime=runtime,
             Device=functools.partial(Device, gpus),

@@ -3,8 +3,6 @@
 Kernels run on the shim. Graphs, streams and memory are those of fake_cupy.
 """
 
-from dataclasses import replace
-
 from cuda import fake_cupy
 
 from npclip.cuda_device import Device
@@ -26,7 +24,7 @@ class FakeDevice(Device):
         self.launches = []
 
     def run(self, launch):
-        self.launches.append(replace(launch, arguments=()))  # which keeps no memory alive
+        self.launches.append(launch._replace(arguments=()))  # which keeps no memory alive
         super().run(launch)
 
     def _function(self, kernel):

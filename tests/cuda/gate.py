@@ -6,11 +6,13 @@ What a test needs and does not find makes it skip; under CI=true it fails (missi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,10 +21,12 @@ import pytest
 from npclip import nvrtc
 from npclip.cuda_launch import Kernel
 
-ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+EVERYTHING = os.environ.get("NPCLIP_TEST_EVERYTHING")  # half an hour: see where it is used
+AMPERE, ADA = "86", "89"  # get the same machine code, but for rows.cu: test_gate.py
+ALL_ARCHS = ("75", "80", AMPERE, ADA, "90", "100", "120")
+ARCHS = tuple(arch for arch in ALL_ARCHS if EVERYTHING or arch != ADA)
 CUDAS = (12, 13)
 MAX_REGISTERS = 255
-EVERYTHING = os.environ.get("NPCLIP_TEST_EVERYTHING")  # half an hour: see where it is used
 
 each_cuda = pytest.mark.parametrize("cuda", CUDAS, ids=[f"cuda{cuda}" for cuda in CUDAS])
 
@@ -42,21 +46,50 @@ def library(cuda: int) -> Path:
     missing(f"NVRTC of CUDA {cuda} is not installed")
 
 
-def compiled(source: str, arch: str, compiler: Path) -> tuple[str, dict[str, nvrtc.Usage]]:
-    """The compiler's log, and what each kernel uses."""
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a source."""
+
+    log: str
+    usage: dict[str, nvrtc.Usage]  # by kernel
+    code: str  # a digest of its machine code
+
+
+def compiled(source: str, arch: str, compiler: Path) -> Compiled:
+    """A source compiled to machine code; what was compiled before is not compiled again."""
     folder = Path(tempfile.gettempdir(), f"npclip-gate-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    build = f"{nvrtc._load(compiler).version} {compiler.stat().st_size}"
-    path = folder / nvrtc._key(source, arch, build)
+    build = f"{nvrtc.version(compiler)} {compiler.stat().st_size} {[*Compiled.__annotations__]}"
+    path = folder / nvrtc.key(source, arch, build)
     if path.exists():
-        log, usage = json.loads(path.read_text())
-        return log, {symbol: nvrtc.Usage(**used) for symbol, used in usage.items()}
+        known = json.loads(path.read_text())
+        usage = {symbol: nvrtc.Usage(**used) for symbol, used in known["usage"].items()}
+        return Compiled(**{**known, "usage": usage})
     program = nvrtc.compile(source, f"sm_{arch}", library=compiler)
-    usage = {symbol: asdict(used) for symbol, used in program.usage.items()}
+    result = Compiled(program.log, program.usage, machine_code(program.binary))
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps([program.log, usage]))
+    part.write_text(json.dumps(asdict(result)))
     part.replace(path)
-    return program.log, program.usage
+    return result
+
+
+def machine_code(cubin: bytes) -> str:
+    """A digest of the sections .text of an ELF file, one for each kernel, by name."""
+    first, size, count, names = (
+        int.from_bytes(cubin[at : at + length], "little")
+        for at, length in ((40, 8), (58, 2), (60, 2), (62, 2))
+    )
+    headers = [
+        struct.unpack_from("<IIQQQQIIQQ", cubin, first + size * i) for i in range(count)
+    ]  # name, type, flags, address, offset, size, ...
+    start = headers[names][4]
+    sections = {
+        cubin[start + h[0] : cubin.index(0, start + h[0])]: cubin[h[4] : h[4] + h[5]]
+        for h in headers
+    }
+    code = sorted(item for item in sections.items() if item[0].startswith(b".text."))
+    assert code, "a cubin without a kernel"
+    return hashlib.sha256(repr(code).encode()).hexdigest()
 
 
 def assert_compiles(
@@ -70,11 +103,19 @@ def assert_compiles(
     for arch in archs:
         if kernel.dtype == "bf16" and int(arch.rstrip("af")) < 80:
             continue
-        log, usages = compiled(kernel.source, arch, compiler)
+        result = compiled(kernel.source, arch, compiler)
         where = f"{kernel.symbol} {dict(kernel.defines)} for sm_{arch} by CUDA {cuda}"
-        assert "warning" not in log, f"{where}: {log}"
-        assert kernel.symbol in usages, where
-        for symbol, usage in usages.items():
+        assert "warning" not in result.log, f"{where}: {result.log}"
+        assert kernel.symbol in result.usage, where
+        for symbol, usage in result.usage.items():
             assert usage.spill_bytes == 0, f"{symbol} in {where}: {usage}"
             assert usage.stack_bytes == 0, f"{symbol} in {where}: {usage}"
             assert usage.registers <= max_registers, f"{symbol} in {where}: {usage}"
+
+
+def assert_same_code(kernel: Kernel, cuda: int, arch: str, other: str) -> None:
+    """Two architectures run the same machine code of a kernel."""
+    compiler = library(cuda)
+    one, two = (compiled(kernel.source, a, compiler) for a in (arch, other))
+    assert one.code == two.code, f"{kernel.symbol} {dict(kernel.defines)} by CUDA {cuda}"
+    assert one.usage == two.usage

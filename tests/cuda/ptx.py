@@ -2,9 +2,10 @@
 
     statistics = ptx.run(launch)      # writes into the launch's arrays, as a device would
 
-One block after the other. A register is an array with an element per thread of the block, and an
-instruction is executed for all threads that stand at it at once; of the groups of threads that
-stand apart the one at the lowest address goes first, so that they meet again where branches join.
+One cluster of blocks after the other. A register is an array with an element per thread of the
+block, and an instruction is executed for all threads that stand at it at once; of the groups of
+threads that stand apart the one at the lowest address goes first, so that they meet again where
+branches join.
 
 What a device would leave undefined or slow is looked for on the way:
 
@@ -16,6 +17,9 @@ What a device would leave undefined or slow is looked for on the way:
                    (see SharedMemory)
   uninitialised    shared memory read before anything was written there (it reads as NaN)
   bank_conflicts   of ldmatrix; other_conflicts: of every other access to shared memory
+
+A kernel that waits for the one before it (griddepcontrol.wait) may touch no array before that: a
+KernelError, but for its weights, the parameter w, which no kernel writes.
 
 What is not modelled: time, ptxas, races in global memory, and the last bits of ex2.approx and its
 kind and of the sums within mma, which a device rounds in its own way.
@@ -33,10 +37,11 @@ from typing import Any
 import numpy as np
 
 from npclip import nvrtc
-from npclip.cuda_launch import Launch
+from npclip.cuda_launch import Launch, TensorMap
 
 WARP = 32
 SHARED_WINDOW = 1 << 56  # where generic addresses of shared memory begin
+PARAMETER_WINDOW, PARAMETER_BYTES = 1 << 57, 1 << 12  # of parameters, and for each
 IN_FLIGHT = np.iinfo(np.int64).max  # the stamp of bytes that a cp.async is still writing
 POISON = 0xFF  # uninitialised shared memory: NaN in every float type
 
@@ -86,14 +91,28 @@ def execute(text: str, launch: Launch) -> Statistics:
     program = _program(text, launch.kernel.symbol, launch.kernel.source)
     statistics = Statistics()
     memory = GlobalMemory([*launch.arguments, *program.tables])
+    memory.early = _weights(launch)
     parameters = _parameters(program, launch.arguments)
     x_blocks, y_blocks, z_blocks = launch.grid
+    if x_blocks % program.cluster:
+        raise KernelError(f"{x_blocks} blocks in clusters of {program.cluster}")
     with np.errstate(all="ignore"):
         for z in range(z_blocks):
             for y in range(y_blocks):
-                for x in range(x_blocks):
-                    Block(program, launch, (x, y, z), parameters, memory, statistics).run()
+                for x in range(0, x_blocks, program.cluster):
+                    places = [(x + rank, y, z) for rank in range(program.cluster)]
+                    Cluster(program, launch, places, parameters, memory, statistics).run()
     return statistics
+
+
+def _weights(launch: Launch) -> list[Extent]:
+    """Where the argument of the parameter w lies."""
+    declared = re.search(
+        rf"SYMBOL\({launch.kernel.symbol.rpartition('_')[0]}\)\(([^{{]*)\)", launch.kernel.source
+    )
+    names = [text.split("*")[-1].split()[-1] for text in declared[1].split(",")] if declared else []
+    values = dict(zip(names, launch.arguments, strict=False))
+    return [Extent.of(values["w"])] if isinstance(values.get("w"), np.ndarray) else []
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,13 +122,21 @@ def _ptx(source: str, arch: str, library: Path | None) -> str:
     return program.binary.decode()
 
 
-def _parameters(program: Program, arguments: tuple[Any, ...]) -> dict[str, bytes]:
-    """The kernel's parameter memory; arguments that do not fit its declaration are errors."""
+def _parameters(program: Program, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """The kernel's parameters by name, tensor maps also by address.
+
+    Arguments that do not fit its declaration are errors.
+    """
     declared = program.parameters
     if len(declared) != len(arguments):
         raise KernelError(f"{len(arguments)} arguments for {len(declared)} parameters")
-    memory = {}
+    memory: dict[str, Any] = {}
     for i, (parameter, argument) in enumerate(zip(declared, arguments, strict=True)):
+        if isinstance(argument, TensorMap):
+            if parameter.size != 128:
+                raise KernelError(f"argument {i} is a TensorMap, {parameter.name} is not")
+            memory[parameter.name] = memory[PARAMETER_WINDOW + i * PARAMETER_BYTES] = argument
+            continue
         if argument is None:
             value = U64(0).tobytes()
         elif isinstance(argument, np.ndarray):
@@ -180,6 +207,14 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Element:
+    """Of a tensor: its map's address, and coordinates, the fastest first."""
+
+    map: Any
+    coordinates: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Vector:
     items: tuple[Any, ...]
 
@@ -233,6 +268,8 @@ class Program:
     static_shared: int  # bytes
     tables: list[np.ndarray]  # .global and .const arrays
     granule: int  # bytes: the smallest access to shared memory; the unit of the race check
+    cluster: int  # blocks
+    overlaps: bool  # with the kernel before it, until griddepcontrol.wait
 
 
 _DECLARATION = re.compile(
@@ -264,6 +301,7 @@ class _Parser:
         self.symbols: dict[str, Constant] = {}
         self.tables: list[np.ndarray] = []
         self.static_shared = 0
+        self.parameters = self._parameters()
 
     @staticmethod
     def _end(text: str, start: int) -> int:
@@ -314,9 +352,12 @@ class _Parser:
             inner = [scope for scope in use.scopes if (scope, use.name) in labels]
             if inner:
                 use.target = labels[inner[-1], use.name]
+        cluster = re.search(r"\.reqnctapercluster\s+(\d+)", self.header)
         return Program(
-            self._parameters(), instructions, tables_of_labels, self.registers,
+            self.parameters, instructions, tables_of_labels, self.registers,
             self.static_shared, self.tables, self._granule(instructions),
+            int(cluster[1]) if cluster else 1,
+            any(i.words[:2] == ("griddepcontrol", "wait") for i in instructions),
         )  # fmt: skip
 
     def _label(self, name: str) -> Label:
@@ -414,6 +455,9 @@ class _Parser:
         if text[0] == "{":
             return Vector(tuple(self._operand(item) for item in _split(text[1:-1])))
         if text[0] == "[":
+            if element := re.fullmatch(r"\[\s*([^,]+),\s*\{([^}]*)\}\s*\]", text):
+                coordinates = tuple(self._operand(item) for item in _split(element[2]))
+                return Element(self._operand(element[1].strip()), coordinates)
             match = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
             if not match:
                 raise NotImplementedError(f"the address {text}")
@@ -442,6 +486,9 @@ class _Parser:
             return self.symbols[text]
         if re.match(r"-?\d", text):
             return Constant(_bits(text))
+        for i, parameter in enumerate(self.parameters):
+            if text == parameter.name:
+                return Constant(PARAMETER_WINDOW + i * PARAMETER_BYTES)
         return self._label(text)
 
     @staticmethod
@@ -527,6 +574,7 @@ class GlobalMemory:
     """The arrays of a launch, at their real addresses."""
 
     def __init__(self, values: list[Any]) -> None:
+        self.early: list[Extent] = []  # what a kernel may read before its griddepcontrol.wait
         arrays = [v for v in values if isinstance(v, np.ndarray) and v.nbytes]
         self.extents = [Extent.of(array) for array in arrays]
 
@@ -607,22 +655,32 @@ def _scatter(flat: np.ndarray, offset: np.ndarray, data: np.ndarray) -> None:
     view[offset[:, None] // unit + np.arange(size // unit)] = pieces
 
 
-class SharedMemory:
-    """A block's shared memory, and who touched what, when.
+class Order:
+    """What the warps of a cluster have seen of one another.
 
-    clock ticks with every access. For each granule: the last writer and the time of its write, and
-    per warp the last reader (-1: several) and the time. synced[w, u] is the time up to which warp w
-    has seen all accesses of warp u: a barrier sets it for the warps that meet. An access races with
-    an earlier one of another thread that is later than that.
+    clock ticks with every access to shared memory. synced[w, u] is the time up to which warp w has
+    seen all accesses of warp u: a barrier sets it for the warps that meet.
     """
 
-    def __init__(self, size: int, granule: int, warps: int) -> None:
-        self.size, self.granule = size, granule
-        self.bytes = np.full(-(-size // 16) * 2, -1, I64).view(U8)
-        granules = -(-size // granule)
+    def __init__(self, warps: int) -> None:
         self.clock = 0
         self.synced = np.zeros((warps, warps), I64)
         self.floor = 0  # the least of synced
+
+
+class SharedMemory:
+    """A block's shared memory, and who touched what, when.
+
+    For each granule: the last writer and the time of its write, and per warp the last reader (-1:
+    several) and the time. An access races with an earlier one of another thread that its warp has
+    not seen (see Order, where this block's warps are those from first on).
+    """
+
+    def __init__(self, size: int, granule: int, order: Order, first: int) -> None:
+        self.size, self.granule = size, granule
+        self.order, self.first = order, first
+        self.bytes = np.full(-(-size // 16) * 2, -1, I64).view(U8)
+        granules, warps = -(-size // granule), len(order.synced)
         self.written = np.full(granules, -1, I64)
         self.fenced = np.zeros(granules, np.bool_)  # for Hopper's async proxy
         self.writer = np.zeros(granules, I32)
@@ -634,15 +692,20 @@ class SharedMemory:
         """These warps have met: each has seen whatever any of them had seen."""
         self.acquire(warps, self.release(warps))
 
+    def seen(self, warps: np.ndarray) -> np.ndarray:
+        """Up to when one of these warps has seen each warp of the cluster."""
+        return self.order.synced[warps + self.first].max(0)
+
     def release(self, warps: np.ndarray) -> np.ndarray:
         """What these warps have seen and done, for acquire()."""
-        seen = self.synced[warps].max(0)
-        seen[warps] = self.clock
+        seen = self.seen(warps)
+        seen[warps + self.first] = self.order.clock
         return seen
 
     def acquire(self, warps: np.ndarray, seen: np.ndarray) -> None:
-        self.synced[warps] = np.maximum(self.synced[warps], seen)
-        self.floor = int(self.synced.min())
+        synced = self.order.synced
+        synced[warps + self.first] = np.maximum(synced[warps + self.first], seen)
+        self.order.floor = int(synced.min())
 
     def granules(self, offset: np.ndarray, size: int) -> np.ndarray:
         first = offset // self.granule
@@ -654,18 +717,19 @@ class SharedMemory:
         self, offset: np.ndarray, size: int, thread: np.ndarray, warp: np.ndarray
     ) -> tuple[int, int]:
         """(races, uninitialised) of a read; thread -1: by all threads of the warp."""
-        self.clock += 1
+        self.order.clock += 1
         index = self.granules(offset, size)
+        warp = warp + self.first
         warps, threads = warp[:, None], thread[:, None]
         stamp = self.written[index]
         races = 0
-        if int(stamp.max()) > self.floor:
+        if int(stamp.max()) > self.order.floor:
             races = int(self._after_write(index, stamp, warps, threads).any(1).sum())
         uninitialised = int((stamp < 0).any(1).sum())
         before = self.read_at[warps, index]
         several = None
-        if int(before.max()) > self.floor:
-            several = before > self.synced[warps, warps]
+        if int(before.max()) > self.order.floor:
+            several = before > self.order.synced[warps, warps]
             several &= self.reader[warps, index] != threads
         self.reader[warps, index] = threads
         shared = self.reader[warps, index] != threads
@@ -674,7 +738,7 @@ class SharedMemory:
         if shared.any():
             rows = np.broadcast_to(warps, index.shape)[shared]
             self.reader[rows, index[shared]] = -1
-        self.read_at[warps, index] = self.clock
+        self.read_at[warps, index] = self.order.clock
         return races, uninitialised
 
     def note_write(
@@ -685,33 +749,37 @@ class SharedMemory:
         warp: np.ndarray,
         in_flight: bool = False,
     ) -> int:
-        """The races of a write; thread -2: by all threads of the warp."""
-        self.clock += 1
+        """The races of a write; thread -2: by all threads of the warp.
+
+        A warp of another block of the cluster is counted from this block's first on, too.
+        """
+        self.order.clock += 1
         index = self.granules(offset, size)
+        warp = warp + self.first
         warps, threads = warp[:, None], thread[:, None]
         stamp = self.written[index]
         bad = np.zeros(index.shape, np.bool_)
-        if int(stamp.max()) > self.floor:
+        if int(stamp.max()) > self.order.floor:
             bad |= self._after_write(index, stamp, warps, threads)
         reads = self.read_at[:, index]
-        if int(reads.max()) > self.floor:
-            late = reads > self.synced[warp].T[:, :, None]
+        if int(reads.max()) > self.order.floor:
+            late = reads > self.order.synced[warp].T[:, :, None]
             bad |= (late & (self.reader[:, index] != threads)).any(0)
         self.writer[index] = threads
         self.writer_warp[index] = warps
         bad |= (self.writer[index] != threads) | (self.writer_warp[index] != warps)
-        self.written[index] = IN_FLIGHT if in_flight else self.clock
+        self.written[index] = IN_FLIGHT if in_flight else self.order.clock
         self.fenced[index] = False
         return int(bad.any(1).sum())
 
     def _after_write(self, index: Any, stamp: Any, warps: Any, threads: Any) -> Any:
-        late = stamp > self.synced[warps, self.writer_warp[index]]
+        late = stamp > self.order.synced[warps, self.writer_warp[index]]
         return late & ((self.writer[index] != threads) | (stamp == IN_FLIGHT))
 
     def landed(self, offset: np.ndarray, size: int, data: np.ndarray) -> None:
         """A cp.async arrives: for its thread, from now on, it is an ordinary write."""
-        self.clock += 1
-        self.written[self.granules(offset, size)] = self.clock
+        self.order.clock += 1
+        self.written[self.granules(offset, size)] = self.order.clock
         _scatter(self.bytes, offset, data)
 
 
@@ -732,6 +800,32 @@ def _conflicts(offsets: bytes, size: int, threads: bytes) -> int:
 # Execution
 
 
+class Cluster:
+    """Blocks that run at once and reach one another's shared memory; in most launches it is one."""
+
+    def __init__(
+        self,
+        program: Program,
+        launch: Launch,
+        places: list[tuple[int, int, int]],
+        parameters: dict[Any, Any],
+        memory: GlobalMemory,
+        statistics: Statistics,
+    ) -> None:
+        self.order = Order(len(places) * -(-launch.block // WARP))
+        self.blocks: list[Block] = []
+        for place in places:
+            self.blocks.append(Block(program, launch, place, parameters, memory, statistics, self))
+        self.hopper: Any = None  # ptx_hopper's
+
+    def run(self) -> None:
+        while any(block.groups for block in self.blocks):
+            for block in self.blocks:
+                block.run()
+        for block in self.blocks:
+            block.end()
+
+
 class Block:
     """One block of a launch."""
 
@@ -740,19 +834,22 @@ class Block:
         program: Program,
         launch: Launch,
         position: tuple[int, int, int],
-        parameters: dict[str, bytes],
+        parameters: dict[Any, Any],
         memory: GlobalMemory,
         statistics: Statistics,
+        cluster: Cluster,
     ) -> None:
         self.program, self.memory, self.statistics = program, memory, statistics
         self.parameters, self.position = parameters, position
+        self.cluster, self.rank = cluster, len(cluster.blocks)
         self.threads = launch.block
         self.warps = -(-self.threads // WARP)
         self.everyone = np.arange(self.threads)
         self.registers = [np.zeros(self.threads, storage) for storage in program.registers]
         self.shared = SharedMemory(
-            program.static_shared + launch.shared, program.granule, self.warps
-        )
+            program.static_shared + launch.shared, program.granule, cluster.order,
+            self.rank * self.warps,
+        )  # fmt: skip
         lane = (self.everyone % WARP).astype(U32)
         self.special: dict[str, Any] = {
             "%tid.x": self.everyone.astype(U32),
@@ -762,6 +859,7 @@ class Block:
             "%lanemask_lt": (U32(1) << lane) - U32(1),
             "%lanemask_le": ((U64(2) << lane.astype(U64)) - U64(1)).astype(U32),
             "%ntid.x": U32(self.threads),
+            "%cluster_ctarank": U32(self.rank),
         }
         self.special["%lanemask_ge"] = ~self.special["%lanemask_lt"]
         self.special["%lanemask_gt"] = ~self.special["%lanemask_le"]
@@ -779,6 +877,7 @@ class Block:
         self.waiting: dict[int, list[tuple[np.ndarray, int, int, bool]]] = {}
         self.exited = 0
         self.committed = np.zeros(self.threads, I64)  # cp.async groups, per thread
+        self.has_waited = np.full(self.threads, not program.overlaps)
         self.copies: list[Copy] = []
         self.parked: dict[
             Any, list[tuple[np.ndarray, Instruction]]
@@ -787,18 +886,22 @@ class Block:
         self.hopper: Any = None  # ptx_hopper's
 
     def run(self) -> None:
+        """Until all threads have ended or wait."""
         while self.groups:
             start = min(self.groups)
             self._run_group(start, self.groups.pop(start))
-            if not self.groups and self.parked:
-                _, at = next(iter(self.parked.values()))[0]
-                raise KernelError(f"block {self.position}: threads wait for ever at {at}")
-            if not self.groups and self.waiting:
-                held = {key: sum(w[0].size for w in waits) for key, waits in self.waiting.items()}
-                raise KernelError(
-                    f"block {self.position}: threads wait at a barrier that others never reach: "
-                    f"{held} (barrier: threads) of {self.threads}, {self.exited} have exited"
-                )
+
+    def end(self) -> None:
+        """Raise KernelError where threads or copies are left."""
+        if self.parked:
+            _, at = next(iter(self.parked.values()))[0]
+            raise KernelError(f"block {self.position}: threads wait for ever at {at}")
+        if self.waiting:
+            held = {key: sum(w[0].size for w in waits) for key, waits in self.waiting.items()}
+            raise KernelError(
+                f"block {self.position}: threads wait at a barrier that others never reach: "
+                f"{held} (barrier: threads) of {self.threads}, {self.exited} have exited"
+            )
         for left in (*self.copies, *self.unfinished):
             raise KernelError(f"never waited for: {left.at}")
 
@@ -949,6 +1052,7 @@ class Block:
         self.aligned(address, size, at)
         space, address = self.space(words, address)
         if space == "global":
+            self.touches(address, at)
             return self.memory.load(address, size, at)
         offset = self.shared_offset(address, size, at)
         races, uninitialised = self.shared.note_read(offset, size, self.active, self.warp())
@@ -957,11 +1061,22 @@ class Block:
         self.statistics.other_conflicts += self.conflicts(offset, size)
         return _gather(self.shared.bytes, offset, size)
 
+    def touches(self, address: np.ndarray, at: Instruction) -> None:
+        """Raises KernelError for global memory that the kernel before this one may still write."""
+        if self.has_waited[self.active].all():
+            return
+        inside = np.zeros(address.size, np.bool_)
+        for extent in self.memory.early:
+            inside |= extent.holds(address, 1)
+        if not inside.all():
+            raise KernelError(f"memory is touched before griddepcontrol.wait at {at}")
+
     def store(self, words: tuple[str, ...], address: Any, data: np.ndarray, at: Any) -> None:
         size = data.shape[1]
         self.aligned(address, size, at)
         space, address = self.space(words, address)
         if space == "global":
+            self.touches(address, at)
             self.memory.store(address, data, at)
             return
         offset = self.shared_offset(address, size, at)
@@ -1660,6 +1775,7 @@ def _copy_async(block: Block, at: Instruction) -> None:
     for length in np.unique(count[count > 0]).tolist():
         lanes = count == length
         block.aligned(source[lanes], size, at)
+        block.touches(source[lanes], at)
         data[lanes, :length] = _load_any(block, source[lanes], length, at)
     warp = block.active >> 5
     block.raced(block.shared.note_write(offset, size, block.active, warp, in_flight=True), at)
@@ -1728,7 +1844,13 @@ def _trap(block: Block, at: Instruction) -> None:
     raise KernelError(f"trap: {at}")
 
 
-@handles("nanosleep", "prefetch", "griddepcontrol", "discard", "applypriority")
+@handles("griddepcontrol")
+def _wait_for_previous(block: Block, at: Instruction) -> None:
+    if at.words[1] == "wait":
+        block.has_waited[block.active] = True
+
+
+@handles("nanosleep", "prefetch", "discard", "applypriority")
 def _nothing(block: Block, at: Instruction) -> None:
     pass
 
@@ -1746,7 +1868,18 @@ def _barrier(block: Block, at: Instruction) -> None:
     arrives_only = "arrive" in words
     if words[0] == "bar" or "aligned" in words:
         _whole_or_last_warp(block, at)
-    number = int(np.asarray(block.read(at.operands[0], U32)).flat[0])
+    numbers, together = block.read_array(at.operands[0], U32), block.active
+    number = int(numbers[0])
+    if (numbers != number).any():  # the others come here again
+        block.active = block.lanes = together[numbers == number]
+    _arrive_at_barrier(block, at, number, arrives_only)
+    if block.active is not together:
+        assert block.next is not None
+        block.next[at.index] = together[numbers != number]
+        block.active = together
+
+
+def _arrive_at_barrier(block: Block, at: Instruction, number: int, arrives_only: bool) -> None:
     count = block.threads
     if len(at.operands) > 1:
         count = int(np.asarray(block.read(at.operands[1], U32)).flat[0])

@@ -1,4 +1,4 @@
-"""Hopper's asynchronous instructions for ptx.py: wgmma, mbarrier, cp.async.bulk, proxy fences.
+"""Hopper's asynchronous instructions for ptx.py: wgmma, mbarrier, bulk copies, clusters, fences.
 
 wgmma         computed when it is waited for, from shared memory as it is then, so that a missing
               wait gives stale accumulators and a stage overwritten too early is a race. A and B
@@ -8,8 +8,14 @@ mbarrier      a thread that waits is put aside until the phase is complete; arri
 proxy fences  wgmma reads through the async proxy: after ordinary stores or cp.async, some thread
               that has seen what they wrote must execute fence.proxy.async, else it is a race.
 
-Not here: tensor maps (cp.async.bulk.tensor), clusters, MN-major operands, the rule that registers
-of a wgmma under way are not touched.
+bulk copies   land at once, and what they write must have been seen by the thread that asks: a slot
+              that is filled too early is a race. Of tensor maps: two dimensions, 128-byte swizzle,
+              zeros outside, multicast to blocks of the cluster.
+clusters      the blocks of a cluster take turns, each until all of its threads wait. Arrivals at
+              mbarriers of other blocks, and barrier.cluster, order accesses across blocks.
+
+Not here: other accesses to the shared memory of other blocks, tensor maps of other kinds,
+MN-major operands, the rule that registers of a wgmma under way are not touched.
 """
 
 from __future__ import annotations
@@ -20,15 +26,18 @@ from typing import Any
 
 import numpy as np
 from cuda import ptx
-from cuda.ptx import F16, F32, I64, U8, U16, U32, U64, WARP, Block, Instruction, KernelError
+from cuda.ptx import F16, F32, I32, I64, U8, U16, U32, U64, WARP, Block, Instruction, KernelError
+
+from npclip.cuda_launch import TensorMap
 
 WARPS = 4  # of a warpgroup
+BLOCK_SHIFT = 24  # of 1 + a block's rank, in an address of its shared memory that mapa gives
 NOBODY = -3  # the writer of what a copy wrote at a time of its own
 SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # a descriptor's layout -> bytes of a row
 _WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.(f16|bf16)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
     """A wgmma under way, of one warpgroup."""
 
@@ -60,6 +69,17 @@ class Barrier:
     phase: int = 0
     seen: Any = None  # what the threads that arrived in this phase had seen
     published: Any = None  # of the last complete phase
+
+
+@dataclass
+class Meeting:
+    """barrier.cluster: a phase ends when all threads of the cluster have arrived."""
+
+    phase: int = 0
+    arrived: int = 0
+    seen: Any = None
+    published: Any = None
+    arrived_in: dict[int, np.ndarray] = field(default_factory=dict)  # by rank: phase of each thread
 
 
 def _state(block: Block) -> State:
@@ -225,7 +245,7 @@ def _fence(block: Block, at: Instruction) -> None:
     """A proxy fence is for the writes that its threads did or, through barriers, have seen."""
     if "proxy" in at.words:
         shared = block.shared
-        seen = shared.synced[np.unique(block.warp())].max(0)
+        seen = shared.seen(np.unique(block.warp()))
         own = np.isin(shared.writer, block.active) & (shared.written != ptx.IN_FLIGHT)
         shared.fenced[own | (shared.written <= seen[shared.writer_warp])] = True
 
@@ -290,18 +310,38 @@ def _arrive(block: Block, at: Instruction, addresses: list[int], after: list[Any
             block.write(target, np.zeros(block.active.size, U64))
     amounts = block.read_array(after[0], U32).tolist() if after else [0 if expects else 1]
     amounts = amounts * (len(addresses) // len(amounts))
-    for thread, address, amount in zip(block.active, addresses, amounts, strict=True):
-        barrier = _barrier_at(block, address, at)
+    for thread, place, amount in zip(block.active, addresses, amounts, strict=True):
+        owner, address = _owner(block, place, at)
+        barrier = _barrier_at(owner, address, at)
         if expects:
             barrier.bytes += amount
         if at.words[1] == "arrive":
-            _count(block, barrier, address, 1 if expects else amount, int(thread) >> 5, at)
+            seen = block.shared.release(np.array([int(thread) >> 5]))
+            _count(owner, barrier, address, 1 if expects else amount, seen, at)
+
+
+def _owner(block: Block, address: int, at: Instruction) -> tuple[Block, int]:
+    """Whose shared memory an address is of, and where in it."""
+    rank = (address >> BLOCK_SHIFT) - 1
+    owner = block if rank < 0 else block.cluster.blocks[rank]
+    if owner.exited == owner.threads:
+        raise KernelError(f"shared memory of a block that has ended at {at}")
+    return owner, address & (1 << BLOCK_SHIFT) - 1
+
+
+@ptx.handles("mapa")
+def _map_address(block: Block, at: Instruction) -> None:
+    target, source, rank = at.operands
+    ranks = block.read_array(rank, U32)
+    if (ranks >= len(block.cluster.blocks)).any():
+        raise KernelError(f"a block that is not of the cluster at {at}")
+    own = block.read_array(source, U32)
+    block.write(target, own | (ranks + U32(1)) << U32(BLOCK_SHIFT))
 
 
 def _count(
-    block: Block, barrier: Barrier, address: int, arrivals: int, warp: int, at: Instruction
+    block: Block, barrier: Barrier, address: int, arrivals: int, seen: np.ndarray, at: Instruction
 ) -> None:
-    seen = block.shared.release(np.array([warp]))
     barrier.seen = seen if barrier.seen is None else np.maximum(barrier.seen, seen)
     barrier.pending -= arrivals
     if barrier.pending < 0:
@@ -340,6 +380,42 @@ def _wait(block: Block, at: Instruction, addresses: np.ndarray, parity: np.ndarr
         block.next[at.index + 1] = block.active[over]
 
 
+_block_barrier = ptx.HANDLERS["barrier"]
+
+
+@ptx.handles("barrier")
+def _cluster_barrier(block: Block, at: Instruction) -> None:
+    if at.words[1] != "cluster":
+        _block_barrier(block, at)
+        return
+    cluster = block.cluster
+    meeting = cluster.hopper = cluster.hopper or Meeting()
+    arrived_in = meeting.arrived_in.setdefault(block.rank, np.full(block.threads, -1))
+    warps = np.unique(block.warp())
+    if at.words[2] == "arrive":
+        if (arrived_in[block.active] == meeting.phase).any():
+            raise KernelError(f"a thread arrives twice at {at}")
+        seen = block.shared.release(warps)
+        meeting.seen = seen if meeting.seen is None else np.maximum(meeting.seen, seen)
+        meeting.arrived += block.active.size
+        arrived_in[block.active] = meeting.phase
+        if meeting.arrived == len(cluster.blocks) * block.threads:
+            meeting.published, meeting.seen = meeting.seen, None
+            meeting.phase, meeting.arrived = meeting.phase + 1, 0
+            for other in cluster.blocks:
+                for threads, waiting in other.parked.pop("cluster", []):
+                    other.join(waiting.index, threads)
+        return
+    over = arrived_in[block.active] < meeting.phase
+    if (arrived_in[block.active] < 0).any():
+        raise KernelError(f"a thread waits that has not arrived at {at}")
+    if over.any():
+        block.shared.acquire(np.unique(block.warp()[over]), meeting.published)
+    if not over.all():
+        block.parked.setdefault("cluster", []).append((block.active[~over], at))
+        block.next = {at.index + 1: block.active[over]} if over.any() else {}
+
+
 # Copies that an mbarrier counts
 
 _copy_async = ptx.HANDLERS["cp"]
@@ -357,7 +433,10 @@ def _copy(block: Block, at: Instruction) -> None:
 
 def _bulk(block: Block, at: Instruction) -> None:
     """One run of bytes from global memory, counted by an mbarrier; it arrives at once."""
-    if "tensor" in at.words or "global" not in at.words or len(at.operands) != 4:
+    if "tensor" in at.words:
+        _bulk_tensor(block, at)
+        return
+    if "global" not in at.words or len(at.operands) != 4:
         raise NotImplementedError(at.opcode)
     target, source, amount, place = at.operands
     columns = (
@@ -368,17 +447,74 @@ def _bulk(block: Block, at: Instruction) -> None:
         if to % 16 or origin % 16 or size % 16:
             raise KernelError(f"an address or size is no multiple of 16 at {at}")
         offset = to + 16 * np.arange(size // 16)
-        block.shared_offset(offset.astype(U64), 16, at)
         data = block.memory.load((origin + 16 * np.arange(size // 16)).astype(U64), 16, at)
-        who = np.full(offset.size, thread)
-        block.raced(block.shared.note_write(offset, 16, who, who >> 5), at)
-        block.shared.fenced[block.shared.granules(offset, 16)] = True
-        ptx._scatter(block.shared.bytes, offset, data.view(U8))
-        barrier = _barrier_at(block, address, at)
-        seen = block.shared.release(np.array([thread >> 5]))
-        barrier.seen = seen if barrier.seen is None else np.maximum(barrier.seen, seen)
-        barrier.bytes -= size
-        _complete(block, barrier, address)
+        _deliver(block, block, thread, offset, data, address, at)
+
+
+def _deliver(
+    block: Block,
+    to: Block,
+    thread: int,
+    offset: np.ndarray,
+    data: np.ndarray,
+    address: int,
+    at: Any,
+) -> None:
+    """Chunks of 16 bytes that a thread of `block` asked for arrive in the block `to`."""
+    to.shared_offset(offset.astype(U64), 16, at)
+    apart = block.rank - to.rank
+    who = np.full(offset.size, thread + apart * 1024)  # no thread of that block
+    warp = np.full(offset.size, (thread >> 5) + apart * block.warps)
+    block.raced(to.shared.note_write(offset, 16, who, warp), at)
+    to.shared.fenced[to.shared.granules(offset, 16)] = True
+    ptx._scatter(to.shared.bytes, offset, data.view(U8))
+    barrier = _barrier_at(to, address, at)
+    seen = block.shared.release(np.array([thread >> 5]))
+    barrier.seen = seen if barrier.seen is None else np.maximum(barrier.seen, seen)
+    barrier.bytes -= data.nbytes
+    _complete(to, barrier, address)
+
+
+def _bulk_tensor(block: Block, at: Instruction) -> None:
+    """A box of a tensor map."""
+    target, element, place, *mask = at.operands
+    if "2d" not in at.words or "global" not in at.words or len(element.coordinates) != 2:
+        raise NotImplementedError(at.opcode)
+    if bool(mask) != ("multicast__cluster" in at.words):
+        raise NotImplementedError(at.opcode)
+    masks = block.read_array(mask[0], U16) if mask else np.full(block.active.size, 1 << block.rank)
+    columns = (
+        block.address(target), block.read_array(element.map, U64),
+        *(block.read_array(c, I32) for c in element.coordinates), block.address(place), masks,
+        block.active,
+    )  # fmt: skip
+    for to, origin, x, y, address, blocks, thread in zip(
+        *(c.tolist() for c in columns), strict=True
+    ):
+        if not isinstance(tensor := block.parameters.get(origin), TensorMap):
+            raise KernelError(f"no tensor map at {origin:#x}: {at}")
+        if blocks >> len(block.cluster.blocks) or not blocks:
+            raise KernelError(f"blocks {blocks:#b} of {len(block.cluster.blocks)} at {at}")
+        offset, data = _box(tensor, to, x, y, at)
+        for owner in block.cluster.blocks:
+            if blocks >> owner.rank & 1:
+                _owner(block, owner.rank + 1 << BLOCK_SHIFT, at)
+                _deliver(block, owner, thread, offset, data, address, at)
+
+
+def _box(tensor: TensorMap, to: int, x: int, y: int, at: Instruction) -> tuple[Any, np.ndarray]:
+    """Where its chunks of 16 bytes go, and what is in them."""
+    array, (rows, width) = tensor.array, tensor.box
+    if to % 128 or width * 2 != 128 or rows > 256:
+        raise KernelError(f"a misplaced box, or one of {rows} x {width} values, at {at}")
+    if array.ctypes.data % 16 or array.strides[0] % 16 or array.strides[1] != array.itemsize:
+        raise KernelError(f"a tensor map of a misaligned array at {at}")
+    box = np.zeros((rows, width), U16)
+    inside = array.view(U16)[max(y, 0) : max(y + rows, 0), max(x, 0) : max(x + width, 0)]
+    top, left = max(-y, 0), max(-x, 0)
+    box[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    offset = to + 16 * np.arange(rows * 8)
+    return offset ^ (offset >> 7 & 7) << 4, box.view(U8).reshape(-1, 16)
 
 
 def _arrive_after_copies(block: Block, at: Instruction) -> None:
@@ -396,4 +532,5 @@ def _arrive_after_copies(block: Block, at: Instruction) -> None:
         block.shared.writer[place] = NOBODY
     addresses = block.address(at.operands[0]).tolist()
     for thread, address in zip(block.active, addresses, strict=True):
-        _count(block, _barrier_at(block, address, at), address, 1, int(thread) >> 5, at)
+        seen = block.shared.release(np.array([int(thread) >> 5]))
+        _count(block, _barrier_at(block, address, at), address, 1, seen, at)

@@ -38,15 +38,17 @@
 #include <ucontext.h>
 
 #include <cfloat>
-#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <iterator>
 #include <type_traits>
 #include <utility>
+
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own: <cmath> takes as long to compile as a kernel
+#include <math.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 
 #if defined(__has_feature)
 #if __has_feature(thread_sanitizer)
@@ -73,7 +75,7 @@
 // ---- words of the language ----
 
 #define __CUDA_ARCH__ 800
-#define __global__
+#define __global__ {} static  // after extern "C": what is not called is not compiled, of several kernels in a source
 #define __device__
 #define __host__
 #define __constant__ static
@@ -144,6 +146,7 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) {
     float y = exp2f(x);
@@ -330,9 +333,9 @@ static void on_fault(int signal_number, siginfo_t *, void *context) {
     registers[REG_RIP] = (greg_t)fail_of_fault;
 }
 
-constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+constexpr int FAULT_COUNT = 4, FAULTS[FAULT_COUNT] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 struct FaultHandler {  // while it lives
-    struct sigaction before[std::size(FAULTS)];
+    struct sigaction before[FAULT_COUNT];
     stack_t stack_before;
     alignas(16) unsigned char stack[32 << 10];
     FaultHandler() {
@@ -342,10 +345,10 @@ struct FaultHandler {  // while it lives
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (size_t i = 0; i < std::size(FAULTS); i++) sigaction(FAULTS[i], &action, &before[i]);
+        for (int i = 0; i < FAULT_COUNT; i++) sigaction(FAULTS[i], &action, &before[i]);
     }
     ~FaultHandler() {
-        for (size_t i = 0; i < std::size(FAULTS); i++) sigaction(FAULTS[i], &before[i], nullptr);
+        for (int i = 0; i < FAULT_COUNT; i++) sigaction(FAULTS[i], &before[i], nullptr);
         sigaltstack(&stack_before, nullptr);
     }
 };
@@ -910,7 +913,7 @@ inline void call(void (*kernel)(A...), void **from) {
     }                                                                                    \
     SHIM_MAIN(kernel)
 
-// ---- as a program: reads one launch from a file, runs it, writes its arrays back there ----
+// ---- as a program: reads one launch from a file, runs it, writes its arrays back there; or prints the signature ----
 
 #ifndef SHIM_PROGRAM
 #define SHIM_MAIN(kernel)
@@ -976,7 +979,8 @@ inline int run_file(const char *path, void (*call)(void **)) {
 }  // namespace shim
 
 #define SHIM_MAIN(kernel)                                                                  \
-    int main(int, char **names) {                                                          \
+    int main(int count, char **names) {                                                    \
+        if (count < 2) return puts(shim_signature()) < 0;                                  \
         return shim::run_file(names[1], [](void **from) { shim::call(kernel, from); });    \
     }
 #endif

@@ -36,7 +36,7 @@ HEADER = Path(__file__).with_name("shim.h")
 # look at values through pointers of other types, as CUDA allows.
 FLAGS = ("-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fno-strict-aliasing", "-w", "-DNPCLIP_SHIM")
 LIBRARY_FLAGS = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden")
-PROGRAM_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-DSHIM_PROGRAM")
+PROGRAM_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-DSHIM_PROGRAM")
 SANITIZERS = ("thread", "address,undefined")
 
 MAX_THREADS, MAX_SHARED = 1024, 227 << 10  # of a block, on any device
@@ -82,6 +82,14 @@ class _Request(ctypes.Structure):  # Request of shim.h
     ]
 
 
+@dataclass(frozen=True)
+class Source:
+    """A kernel that is not one of npclip's, or not as it is."""
+
+    source: str
+    symbol: str
+
+
 @dataclass
 class Statistics:
     """What was counted over all blocks of a launch."""
@@ -100,10 +108,10 @@ def run(launch: Launch, order: int = 0, sanitizer: str | None = None) -> Statist
     SANITIZERS, in a program of its own.
     """
     _check_sizes(launch)
-    library = _library(launch.kernel)
-    _check_arguments(launch, library.signature)
     if sanitizer is not None:
         return _run_program(launch, order, sanitizer)
+    library = _library(launch.kernel)
+    _check_arguments(launch, library.signature)
     values = [_value(argument) for argument in launch.arguments]
     addresses = [ctypes.addressof(value) for value in values]
     pointers = (ctypes.c_void_p * max(len(values), 1))(*addresses)
@@ -220,13 +228,7 @@ class _Library:
 
 def _library(kernel: Any) -> _Library:
     hashable = isinstance(kernel, Hashable)
-    return _load(kernel if hashable else _Source(kernel.source, kernel.symbol))
-
-
-@dataclass(frozen=True)
-class _Source:
-    source: str
-    symbol: str
+    return _load(kernel if hashable else Source(kernel.source, kernel.symbol))
 
 
 @cache
@@ -235,7 +237,11 @@ def _load(kernel: Any) -> _Library:
     library.shim_signature.restype = ctypes.c_char_p
     library.shim_run.argtypes = [ctypes.POINTER(_Request), ctypes.POINTER(_Counts)]
     library.shim_run.restype = None
-    return _Library(library.shim_signature().decode().split(",")[:-1], library.shim_run)
+    return _Library(_parameters(library.shim_signature().decode()), library.shim_run)
+
+
+def _parameters(signature: str) -> list[str]:
+    return signature.strip().split(",")[:-1]
 
 
 def _built(kernel: Any, flags: Sequence[str]) -> Path:
@@ -295,11 +301,12 @@ def _run_program(launch: Launch, order: int, sanitizer: str) -> Statistics:
         raise ValueError(f"sanitizer {sanitizer!r} is none of {', '.join(SANITIZERS)}")
     flags = *PROGRAM_FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"
     program = _built(launch.kernel, flags)
+    _check_arguments(launch, _program_signature(program))
     pieces = _pieces(launch.arguments)
     with tempfile.TemporaryDirectory(dir=_cache()) as folder:
         path = Path(folder, "launch")
         path.write_bytes(_packed(launch, order, pieces))
-        done = _execute(program, path)
+        done = _execute(program, str(path))
         report = done.stderr.strip()
         if done.returncode or report:
             report = f"{report}\n{_quoted_lines(launch.kernel.source, report)}"
@@ -313,9 +320,14 @@ def _run_program(launch: Launch, order: int, sanitizer: str) -> Statistics:
     return _statistics(launch, counts)
 
 
-def _execute(program: Path, path: Path) -> subprocess.CompletedProcess[str]:
+@cache
+def _program_signature(program: Path) -> list[str]:
+    return _parameters(_execute(program).stdout)
+
+
+def _execute(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program; at fixed addresses where ThreadSanitizer cannot work at random ones."""
-    command = [str(program), str(path)]
+    command = [str(program), *arguments]
     for prefix in ([], ["setarch", "-R"]):
         if prefix and not shutil.which(prefix[0]):
             break

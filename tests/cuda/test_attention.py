@@ -102,11 +102,22 @@ def packed(rng, kind, seqs, n, width, scale):
     return narrow(x, kind)
 
 
-def check_attention(run, rng, kind, width, lengths, causal=False, scale=1.0, longest=None):
+def check_attention(run, rng, kind, width, lengths, causal=False, scale=1.0, longest=None,
+                    few_blocks=(0, cuda_attention.FEW_BLOCKS)):  # fmt: skip
+    """few_blocks: with which FEW_BLOCKS; 0: as if there were many sequences."""
+    longest = longest or max(lengths)
+    if longest <= cuda_attention.SHORT_KEYS[-1] or width > 64 or kind == "f32":
+        few_blocks = few_blocks[:1]  # it makes no difference
+    for few in few_blocks:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_attention, "FEW_BLOCKS", few)
+            check_one_attention(run, rng, kind, width, lengths, causal, scale, longest)
+
+
+def check_one_attention(run, rng, kind, width, lengths, causal, scale, longest):
     seqs, n = sequences(lengths)
     qkv = packed(rng, kind, seqs, n, 3 * HEADS * width, scale)
     o = narrow(np.full((n, HEADS * width), np.nan), kind)
-    longest = longest or max(lengths)
     run(cuda_attention.attention(qkv, seqs, o, HEADS, longest, causal))
     inside = slice(seqs[0], seqs[-1])
     assert np.isnan(widen(o[: seqs[0]])).all()
@@ -204,6 +215,15 @@ def test_scores_of_hundreds(rng, kind):
     check_pool(on_shim(), rng, kind, 64, [1, 50, 197], scale=8.0)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_scores_that_rise_and_fall(rng, kind):
+    """What was summed is rescaled many times, or not at all."""
+    rising = np.linspace(0.1, 6, 257)[:, None]
+    for scale in (rising, rising[::-1]):
+        check_attention(on_shim(), rng, kind, 64, [257], scale=scale)
+        check_attention(on_shim(), rng, kind, 80, [60, 197], True, scale=scale)
+
+
 def test_only_empty_sequences(rng):
     for longest in (1, 77, 257):
         check_attention(on_shim(), rng, "f16", 64, [0, 0], longest=longest)
@@ -242,6 +262,13 @@ def test_as_compiled(rng, kind, arch):
         check_pool(run, rng, kind, 33, [20])
 
 
+@pytest.fixture
+def one_head(monkeypatch):
+    """For what takes the interpreter long, and is the same in every head."""
+    monkeypatch.setitem(globals(), "HEADS", 1)
+
+
+@pytest.mark.usefixtures("one_head")
 @pytest.mark.parametrize(
     ("kind", "arch"), [("f16", "75"), ("f16", "80"), ("bf16", "80"), ("f16", "90"), ("f32", "80")]
 )
@@ -249,57 +276,68 @@ def test_heads_of_64_values_have_no_conflicts(rng, kind, arch):
     """Of CLIP's lengths, and no races either."""
     run = on_ptx(arch, other_conflicts=0)
     check_attention(run, rng, kind, 64, [50])
+    few_blocks = (0, cuda_attention.FEW_BLOCKS) if kind + arch == "f1680" else (0,)
     if kind != "f32":  # takes long, and every tile is alike
         for length in (197, 257, *((577,) if arch == "90" else ())):
-            check_attention(run, rng, kind, 64, [length])
+            check_attention(run, rng, kind, 64, [length], few_blocks=few_blocks)
         check_attention(run, rng, kind, 64, [77], causal=True)
 
 
+@pytest.mark.usefixtures("one_head")
 @pytest.mark.parametrize("arch", ["75", "90"])
 @pytest.mark.parametrize("width", [80, 88, 104])
 def test_few_conflicts_of_wider_heads(rng, width, arch):
     """At most one for every row that is copied to shared memory or stored."""
     length, padded, tiles = 257, 272, 5
-    rows = tiles * (64 + 2 * padded) + length
+    rows = tiles * 2 * padded + length
     check_attention(on_ptx(arch, HEADS * rows), rng, "f16", width, [length])
     rows = 3 * 80 + 77
     check_attention(on_ptx(arch, HEADS * rows), rng, "f16", width, [77], causal=True)
     check_pool(on_ptx(arch, HEADS * width), rng, "f16", width, [length])
 
 
-def launch_of(kind, width, longest):
-    """A launch for sequences up to that length; None: attention_pool."""
-    seqs = np.zeros(2, np.int32)
+def launch_of(kind, width, longest, count=1):
+    """A launch for so many sequences up to that length; None: attention_pool."""
+    seqs = np.zeros(1 + count, np.int32)
     qkv, kv, o = (narrow(np.zeros((1, parts * width)), kind) for parts in (3, 2, 1))
     if longest is None:
         return cuda_attention.attention_pool(o, kv, seqs, o, 1, 1)
     return cuda_attention.attention(qkv, seqs, o, 1, longest, False)
 
 
-COMPILED = [  # None: attention_pool
+WIDTHS = 64, 80, 88, 104
+LENGTHS = *cuda_attention.SHORT_KEYS, 257, 577, None  # None: attention_pool
+SOME = cuda_attention.SHORT_KEYS[-1], 257, None
+OF_BF16 = LENGTHS if gate.EVERYTHING else SOME  # of wider heads: it is float16's code
+COMPILED = [
+    *(("f16", width, x) for width in WIDTHS for x in LENGTHS),
+    *(("bf16", 64, x) for x in LENGTHS),
     *(
-        (kind, width, longest)
-        for kind in ("f16", "bf16")
-        for width in (64, 80, 88, 104)
-        for longest in (*cuda_attention.SHORT_KEYS, 257, None)
+        ("bf16", width, x)
+        for width in WIDTHS[1:]
+        for x in (LENGTHS if gate.EVERYTHING else OF_BF16)
     ),
-    *(("f32", width, longest) for width in (64, 80, 88, 104) for longest in (257, None)),
+    *(("f32", width, x) for width in WIDTHS for x in (257, None)),
     ("f16", 128, 257),
 ]
 
 
-def most_registers(width, longest):
-    """Enough of an SM's 65536 for three blocks, or two of LONG where heads are wider than 88."""
+def most_registers(kernel, width, longest, arch):
+    """Enough of an SM's 65536 for 16 warps; 12 of LONG, 8 where shared memory or work is short."""
     if longest is None or longest <= cuda_attention.SHORT_KEYS[-1]:
         return 128 if width <= 112 else 160
-    return 144 if width <= 88 else 192
+    is_few = dict(kernel.defines).get("STEP", 16) > 16
+    return 168 if width <= 112 and not is_few and arch in ("80", "90", "100") else 255
 
 
 @gate.each_cuda
 @pytest.mark.parametrize(("kind", "width", "longest"), COMPILED)
 def test_compiles(kind, width, longest, cuda):
-    registers = most_registers(width, longest)
-    gate.assert_compiles(launch_of(kind, width, longest).kernel, cuda, max_registers=registers)
+    counts = 1, cuda_attention.FEW_BLOCKS
+    for kernel in {launch_of(kind, width, longest, count).kernel for count in counts}:
+        for arch in gate.ARCHS:
+            registers = most_registers(kernel, width, longest, arch)
+            gate.assert_compiles(kernel, cuda, [arch], max_registers=registers)
 
 
 def test_shared_memory_fits():

@@ -1,11 +1,14 @@
 """cuda_device.Device itself, on a fake CuPy with two GPUs of which the first is the current one.
 
-CuPy allocates, launches and sets attributes on the current device, whatever the arrays' is.
+CuPy allocates, launches and sets attributes on the current device, whatever the arrays' is. The
+second GPU is one whose launches overlap: they go through the driver.
 """
 
+import ctypes
 import gc
 import hashlib
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,20 @@ from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
 import npclip
-from npclip import cublaslt, cuda_device, cuda_linear, cuda_rows, nvrtc, weights
+from npclip import (
+    cublaslt,
+    cuda_device,
+    cuda_driver,
+    cuda_linear,
+    cuda_rows,
+    nvrtc,
+    tensor_map,
+    weights,
+)  # fmt: skip
 from npclip.config import Metadata
-from npclip.cuda_launch import Kernel
+from npclip.cuda_launch import Kernel, Launch, TensorMap
 from npclip.errors import BackendError
+from npclip.kernels import reference
 
 TILING = "64x64x64x4"  # with more shared memory than a kernel has without asking
 BOTH = pytest.mark.parametrize("ordinal", [0, 1])
@@ -41,12 +54,13 @@ def xp(monkeypatch, tmp_path):
     def missing(*_):
         raise BackendError("no cuBLASLt")
 
-    xp = fake_cupy.module([(8, 0), (8, 6)])
+    xp = fake_cupy.module([(8, 0), (9, 0)])
     monkeypatch.setitem(sys.modules, "cupy", xp)
     monkeypatch.setattr(cuda_device, "_devices", {})
     monkeypatch.setattr(nvrtc, "cubin", cubin)
     monkeypatch.setattr(nvrtc, "target", target)
     monkeypatch.setattr(cublaslt, "CublasLt", missing)
+    monkeypatch.setattr(cuda_driver, "load", lambda: xp.libcuda)
     monkeypatch.setenv("NPCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NPCLIP_CUDA_LINEAR", TILING)
     cuda_device.cupy.cache_clear()
@@ -305,6 +319,146 @@ def test_indices_from_the_host_are_copied_once(xp):
     assert (array.shape, longest) == ((4,), 7)
 
 
+# Launches through the driver
+
+
+def test_launches_overlap_where_the_gpu_can(xp):
+    for ordinal, through_driver in ((0, False), (1, True)):
+        device = cuda_device.open_device(ordinal)
+        x = device.asarray(np.array([-1, 2] * 32, np.float32))
+        device.run(relu(x))
+        np.testing.assert_array_equal(device.asnumpy(x), [0, 2] * 32)
+        assert bool(xp.libcuda.cuLaunchKernelEx.attributes) == through_driver
+    assert set(xp.libcuda.cuLaunchKernelEx.attributes) == {(6, 1)}
+
+
+def test_every_thread_makes_the_device_current_before_it_launches(xp):
+    device = cuda_device.open_device(1)
+    arrays = [device.asarray(np.full(64, -1, np.float32)) for _ in range(8)]
+    threads = [threading.Thread(target=device.run, args=(relu(x),)) for x in arrays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x in arrays:
+        assert not device.asnumpy(x).any()
+
+
+def test_arguments_of_every_type_reach_the_kernel(xp):
+    """Addresses within an allocation, null pointers, int32, int64 and float32, in any order."""
+    device = cuda_device.open_device(1)
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float16) for shape in ((50, 72), (40, 72)))
+    whole = device.asarray(np.concatenate([x, x]))
+    for bias in (None, rng.standard_normal(40).astype(np.float32)):
+        y = device.empty((50, 40), "f16")
+        placed = None if bias is None else device.asarray(bias)
+        variant = next(v for v in cuda_linear.variants("f16") if str(v) == TILING)
+        device.run(
+            cuda_linear.linear(whole[50:], device.asarray(w), placed, None, None, y, variant)
+        )
+        expected = reference.linear(x.astype(np.float64), w.astype(np.float64), bias)
+        np.testing.assert_allclose(device.asnumpy(y), expected, atol=2e-2)
+    gain, bias, eps = np.ones(72, np.float32), np.zeros(72, np.float32), 0.5
+    y = device.empty((50, 72), "f16")
+    vectors = device.asarray(gain), device.asarray(bias)
+    device.run(cuda_rows.layer_norm(whole[50:], *vectors, y, eps))
+    expected = reference.layer_norm(x.astype(np.float64), gain, bias, eps)
+    np.testing.assert_allclose(device.asnumpy(y), expected, atol=2e-3)
+
+
+def test_what_the_driver_refuses_is_an_error(xp):
+    device = cuda_device.open_device(1)
+    x = device.asarray(np.ones(64, np.float32))
+    xp.libcuda.cuLaunchKernelEx.error = 719
+    with pytest.raises(BackendError, match="activate_f32 failed: CUDA error 719"):
+        device.run(relu(x))
+
+
+@pytest.mark.parametrize("old", ["driver", "library"])
+def test_without_such_launches_cupy_launches(old, xp, monkeypatch):
+    def missing():
+        raise OSError("no libcuda")
+
+    if old == "driver":
+        monkeypatch.setattr(xp.cuda.runtime, "driverGetVersion", lambda: 12020)
+    else:
+        monkeypatch.setattr(cuda_driver, "load", missing)
+    device = cuda_device.open_device(1)
+    x = device.asarray(np.full(64, -1, np.float32))
+    device.run(relu(x))
+    assert not device.asnumpy(x).any()
+    assert not xp.libcuda.cuLaunchKernelEx.attributes
+
+
+# Tensor maps, and kernels whose blocks stay
+
+
+def test_tensor_maps_are_passed_by_value_and_made_once(xp, monkeypatch):
+    made, launches = [], []
+    value = np.zeros((), "V128")
+    monkeypatch.setattr(tensor_map, "encode", lambda *key: made.append(key) or value)
+    monkeypatch.setattr(fake_cupy.shim, "run", launches.append)
+    device = cuda_device.open_device(0)
+    x = device.empty((40, 24), "f16")
+    kernel = relu(x).kernel
+    for array in (x, x[:, :8], x):
+        arguments = TensorMap(array, (16, 64)), None
+        device.run(Launch(kernel, (10, 1, 1), 32, 0, arguments, stays=2))
+    assert made == [(x.data.ptr, (40, width), 48, (16, 64)) for width in (24, 8)]
+    assert [launch.grid for launch in launches] == [(6, 1, 1)] * 3  # of 7 processors, pairs
+    assert all(launch.arguments == (value, None) for launch in launches)
+    device.run(Launch(kernel, (4, 1, 1), 32, 0, arguments, stays=2))
+    assert launches[-1].grid == (4, 1, 1)
+
+
+class Driver:
+    """libcuda, as far as it makes tensor maps."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def cuTensorMapEncodeTiled(self, target, *arguments):
+        assert target.value % 128 == 0
+        ctypes.memset(target, 7, 128)
+        lists = [[*a] if isinstance(a, ctypes.Array) else a for a in arguments]
+        lists[2] = lists[2].value
+        self.arguments = lists
+        return self.code
+
+
+def test_what_the_driver_is_told_of_a_tensor_map(monkeypatch):
+    driver = Driver(0)
+    monkeypatch.setattr(tensor_map, "_driver", lambda: driver)
+    made = tensor_map.encode(4096, (40, 24), 64, (16, 64))
+    assert (made.size, made.tobytes()) == (1, b"\7" * 128)
+    assert driver.arguments == [1, 2, 4096, [24, 40], [64], [64, 16], [1, 1], 0, 3, 3, 0]
+    driver.code = 1
+    with pytest.raises(BackendError, match="cuTensorMapEncodeTiled: error 1"):
+        tensor_map.encode(4096, (40, 24), 64, (16, 64))
+
+
+def test_a_machine_whose_driver_makes_no_tensor_maps(monkeypatch):
+    def missing(name):
+        raise OSError(f"no {name}")
+
+    tensor_map._driver.cache_clear()
+    monkeypatch.setattr(tensor_map.ctypes, "CDLL", missing)
+    with pytest.raises(BackendError, match="makes no tensor maps: no "):
+        tensor_map.encode(4096, (40, 24), 64, (16, 64))
+
+
+def test_timing_leaves_nothing_in_the_memory_of_a_graph(xp, monkeypatch):
+    monkeypatch.delenv("NPCLIP_CUDA_LINEAR")
+    device = cuda_device.open_device(0)
+    monkeypatch.setitem(vars(device), "cache_bytes", 1 << 18)  # so there are copies of w
+    x, w = (device.asarray(np.ones((n, 64), np.float16)) for n in (8, 512))
+    y = device.empty((8, 512), "f16")
+    captured = device.capture(lambda: device.products.run(x, w, None, None, None, y))
+    pool, *_ = captured.kept
+    assert sum(memory.bytes.size for memory in pool.blocks) < w.nbytes
+
+
 # Times, and what compiles
 
 
@@ -326,7 +480,7 @@ def test_kernels_are_compiled_for_each_device_once(xp, monkeypatch):
     for ordinal in (0, 1, 0):
         device = cuda_device.open_device(ordinal)
         device.run(relu(device.asarray(np.ones(64, np.float32))))
-    assert compiled == ["sm_80", "sm_86"]
+    assert compiled == ["sm_80", "sm_90"]
     assert [ordinal for ordinal, _ in xp.gpus.loaded] == [0, 1]
     gelu = Kernel("rows", "activate", "f32", (("ACTIVATION", 2),), arch="90a")
     cuda_device.open_device(1)._function(gelu)

@@ -390,7 +390,7 @@ def test_an_op_is_timed(op, device):
 
 
 def test_every_way_to_multiply_is_checked_and_timed(device, monkeypatch):
-    few = {"16x32x128x4", "64x64x64x4", "64x64x16x3", "128x128x64x3 sm_90a"}
+    few = {"16x32x128x4", "64x64x64x4", "64x64x16x3", "128x128x64x7 2x1 sm_90a"}
     chosen = {k: [v for v in cuda_linear.variants(k) if str(v) in few] for k in ("f16", "f32")}
     monkeypatch.setattr(cuda_linear, "variants", chosen.get)
     case = Case("linear", (9, 40, 24), "quick_gelu")
@@ -546,8 +546,8 @@ def test_launches_are_timed_and_threads_compared(golden, device, journal, tmp_pa
     monkeypatch.setattr(gpu_models, "checkpoint", lambda *_: golden.path)
     monkeypatch.setattr(gpu_models, "device_timer", lambda _: HostTimer())
     monkeypatch.setattr(gpu_models, "LAUNCH_BATCHES", (1,))
-    monkeypatch.setattr(cuda_towers, "LARGEST_GRAPH", 2)
-    monkeypatch.setattr(gpu_models, "LARGEST_GRAPH", 2)
+    monkeypatch.setattr(cuda_towers, "GRAPH_TOKENS", 40)
+    monkeypatch.setattr(gpu_models, "GRAPH_TOKENS", 40)
     monkeypatch.setattr(gpu_models.encode_in_threads, "__defaults__", (2,))
     gpu_models.launch_stage(journal, tmp_path, tmp_path)
     assert set(journal.rows[0]) > {"eager_milliseconds", "graph_milliseconds"}

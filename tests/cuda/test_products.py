@@ -25,8 +25,8 @@ class TimedDevice(FakeDevice):
         super().__init__()
         self.fastest, self.timed = fastest, []
 
-    def seconds(self, function):
-        name = str(function.args[1])  # after the key
+    def seconds(self, *functions):
+        (name,) = {str(function.args[1]) for function in functions}  # after the key
         self.timed.append(name)
         return 1.0 if name == self.fastest else 2.0
 
@@ -64,11 +64,11 @@ def run(device, arrays):
 def test_the_fastest_is_chosen_once_and_remembered(arrays, cache):
     device = TimedDevice()
     assert run(device, arrays) == "64x64x64x4"
-    runnable = [v for v in cuda_linear.variants("f16") if v.runs_on((8, 0))]
+    runnable = cuda_linear.worth_timing("f16", 8, (8, 0))
     assert sorted(device.timed) == sorted(map(str, runnable))
     assert run(device, arrays) == "64x64x64x4"
     assert len(device.timed) == len(runnable)
-    other = TimedDevice(fastest="128x128x32x4")
+    other = TimedDevice(fastest="16x32x128x4")
     assert run(other, arrays) == "64x64x64x4"  # from the disk
     assert not other.timed
     assert list(json.loads(next(cache.glob("*.json")).read_text()).values()) == ["64x64x64x4"]
@@ -297,3 +297,35 @@ def test_cublaslt_in_a_graph(lt, arrays, monkeypatch):
         values = (a.get().astype(float) for a in (given, w, bias))
         expected = reference.linear(*values, "relu")
         assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_few_rows_are_timed_with_weights_that_are_not_in_the_cache():
+    counts = []
+
+    class Device(TimedDevice):
+        cache_bytes = 64 * 64 * 2
+
+        def seconds(self, *functions):
+            counts.append(len(functions))
+            return 1.0
+
+    device, rng = Device(), np.random.default_rng(0)
+    for n, copies in ((50, 3), (1024, 1)):
+        x, w = (on_device(rng.standard_normal((k, 64)).astype(np.float16)) for k in (n, 64))
+        device.products.run(x, w, None, None, None, device.empty((n, 64), "f16"))
+        assert set(counts) == {copies}
+        counts.clear()
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+def test_some_variants_are_worth_timing_for_any_number_of_rows(dtype, capability):
+    if dtype == "bf16" and capability < (8, 0):
+        return
+    for n in (2**i for i in range(18)):
+        found = cuda_linear.worth_timing(dtype, n, capability)
+        assert 1 <= len(found) <= 10
+        assert all(variant.runs_on(capability) for variant in found)
+        default = cuda_linear.default_variant(dtype, n, 768, capability)
+        assert default in found or n > 64
+    assert any(v.arch for v in cuda_linear.worth_timing("f16", 4096, (9, 0)))

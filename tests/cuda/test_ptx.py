@@ -965,3 +965,30 @@ def test_copies_of_zeros_read_nothing():
     np.testing.assert_array_equal(y[:32], [*np.arange(3, 100, 4), *np.zeros(7)])
     with pytest.raises(ptx.KernelError, match=r"cp\.async"):
         run_simple(body, n=26, length=100, block=32)
+
+
+# Launches that overlap
+
+WAITING = """
+extern "C" __global__ void SYMBOL(test)(const value *x, const value *w, value *y) {
+    float a = to_float(w[threadIdx.x]);
+    BEFORE
+    wait_for_previous();
+    y[threadIdx.x] = from_float(to_float(x[threadIdx.x]) + a);
+}
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("before", ["", "a += to_float(x[threadIdx.x]);", "y[threadIdx.x] = x[0];"])
+def test_only_weights_are_touched_before_the_wait(rng, before, arch):
+    x, w, y = (rng.standard_normal(32).astype(np.float32) for _ in range(3))
+    kernel = Inline(WAITING.replace("BEFORE", before), "test_f32", "F32")
+    one = launch(kernel, x, w, y, block=32)
+    if before and arch == "90":
+        with pytest.raises(ptx.KernelError, match=r"touched before griddepcontrol\.wait"):
+            ptx.run(one, arch)
+    else:
+        ptx.run(one, arch)
+        np.testing.assert_array_equal(y, x + w if not before.startswith("a +=") else x + (w + x))

@@ -7,6 +7,8 @@ import pytest
 from cuda import ptx
 from cuda.test_ptx import Inline, launch, needs_nvrtc, without
 
+from npclip.cuda_launch import TensorMap
+
 pytestmark = needs_nvrtc
 
 WORDS = """
@@ -91,6 +93,76 @@ def test_a_missing_proxy_fence_is_a_race():
     error, statistics = run_product(edit=without(r"fence\.proxy[^;]*;"))
     assert error < 1e-6 and statistics.races > 0
     assert all("wgmma" in place for place in statistics.race_at)
+
+
+BOX = """
+struct __align__(128) Map { char opaque[128]; };
+// Each of two blocks asks for half of a box [16, 64], which both get; out [2, 16, 64].
+KERNEL(32) __cluster_dims__(2, 1, 1)
+test_f16(const __grid_constant__ Map map, value *out, int row, int column) {
+    __shared__ __align__(1024) value box[16 * 64];
+    __shared__ uint64_t full;
+    int rank = blockIdx.x, half = 8 * rank;
+    if (threadIdx.x == 0) init(&full, 1);
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 2048;"
+                     ::"r"(shared_address(&full)) : "memory");
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+                     ::"r"(shared_address(box + half * 64)), "l"(&map), "r"(column),
+                     "r"(row + half), "r"(shared_address(&full)), "h"((uint16_t)3) : "memory");
+    }
+    wait_for(&full, 0);
+    for (int i = threadIdx.x; i < 16 * 64; i += 32) {
+        int r = i / 64, c = i % 64;
+        out[rank * 1024 + i] = box[r * 64 + (c / 8 ^ r % 8) * 8 + c % 8];
+    }
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+"""
+
+
+def run_box(row, column, edit=None):
+    """The box that starts there in a matrix of 20 rows of 72, between which are NaNs."""
+    whole = np.full((20, 80), np.nan, np.float16)
+    whole[:, :72] = np.arange(20 * 72).reshape(20, 72)
+    memory = np.empty(whole.nbytes + 16, np.uint8)
+    start = -memory.ctypes.data % 16
+    aligned = memory[start : start + whole.nbytes].view(np.float16).reshape(whole.shape)
+    aligned[...] = whole
+    out = np.full((2, 16, 64), np.nan, np.float16)
+    box = TensorMap(aligned[:, :72], (8, 64))
+    arguments = box, out, np.int32(row), np.int32(column)
+    work = launch(Inline(WORDS + BOX), *arguments, grid=(2, 1, 1), block=32)
+    statistics = ptx.run(work, "90a", edit=edit)
+    padded = np.zeros((60, 200), np.float16)
+    padded[20:40, 64:136] = whole[:, :72]
+    expected = padded[20 + row : 36 + row, 64 + column : 128 + column]
+    return (out == expected).all(), statistics
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (2, 8), (14, 64), (-3, -8), (20, 0)])
+def test_a_box_of_a_tensor_map(row, column):
+    right, statistics = run_box(row, column)
+    assert right
+    assert (statistics.races, statistics.uninitialised) == (0, 0), statistics.race_at
+
+
+def test_a_box_that_only_one_block_gets():
+    def edit(text):
+        changed, found = re.subn(r"\.multicast::cluster( .*\]), %rs\d+;", r"\1;", text)
+        assert found == 1
+        return changed
+
+    with pytest.raises(ptx.KernelError, match="wait for ever"):
+        run_box(0, 0, edit)
+
+
+def test_a_block_that_does_not_wait_for_the_other():
+    barrier = r"barrier\.cluster\.arrive\.release;\s*barrier\.cluster\.wait\.acquire;"
+    with pytest.raises(ptx.KernelError, match=r"no mbarrier was initialised|has ended"):
+        run_box(0, 0, without(barrier))
 
 
 RING = """
