@@ -307,16 +307,11 @@ def launch_of(kind, width, longest, count=1):
 
 WIDTHS = 64, 80, 88, 104
 LENGTHS = *cuda_attention.SHORT_KEYS, 257, 577, None  # None: attention_pool
-SOME = cuda_attention.SHORT_KEYS[-1], 257, None
-OF_BF16 = LENGTHS if gate.EVERYTHING else SOME  # of wider heads: it is float16's code
+# The widest of SHORT is the heaviest; 577 is 257's kernel.
+SOME = LENGTHS if gate.EVERYTHING else (cuda_attention.SHORT_KEYS[-1], 257, None)
 COMPILED = [
-    *(("f16", width, x) for width in WIDTHS for x in LENGTHS),
-    *(("bf16", 64, x) for x in LENGTHS),
-    *(
-        ("bf16", width, x)
-        for width in WIDTHS[1:]
-        for x in (LENGTHS if gate.EVERYTHING else OF_BF16)
-    ),
+    *((kind, 64, x) for kind in ("f16", "bf16") for x in LENGTHS),
+    *((kind, width, x) for kind in ("f16", "bf16") for width in WIDTHS[1:] for x in SOME),
     *(("f32", width, x) for width in WIDTHS for x in (257, None)),
     ("f16", 128, 257),
 ]

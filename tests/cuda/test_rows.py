@@ -386,6 +386,9 @@ def test_no_rows():
     on_ptx(cuda_rows.activate(x, "relu"))
 
 
+EXTREMES = gate.ARCHS if gate.EVERYTHING else ("75", "90", "120")
+
+
 def variant(file, op, kind, **defines):
     return Kernel(file, op, kind, tuple(defines.items()))
 
@@ -393,17 +396,18 @@ def variant(file, op, kind, **defines):
 @gate.each_cuda
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_norms_compile(kind, cuda):
-    """Common widths, the widest, which needs most registers, and rows that do not fit in them.
+    """Common widths, rows that do not fit in registers, and, for some, the widest that do.
 
     With NPCLIP_TEST_EVERYTHING all that fit.
     """
     chunk = 4 if kind == "f32" else 8
     widest = cuda_rows.MAX_KEPT_WIDTH // (32 * chunk)
     common = 768 // (32 * chunk)
-    some = (common, widest) if kind != "bf16" else (common,)  # which is float16's code
-    some = range(1, widest + 1) if gate.EVERYTHING else some
+    some = range(1, widest + 1) if gate.EVERYTHING else (common,)
     for step, kept in (*((chunk, kept) for kept in some), (chunk, 0), (1, 0)):
         gate.assert_compiles(variant("layer_norm", "layer_norm", kind, STEP=step, KEPT=kept), cuda)
+    kernel = variant("layer_norm", "layer_norm", kind, STEP=chunk, KEPT=widest)
+    gate.assert_compiles(kernel, cuda, EXTREMES)
 
 
 @gate.each_cuda
@@ -411,8 +415,9 @@ def test_layer_norms_compile(kind, cuda):
 def test_rows_and_patchify_compile(kind, cuda):
     chunk = 4 if kind == "f32" else 8
     kernels = [variant("rows", "take", kind, STEP=step) for step in (1, chunk)]
-    for activation in cuda_rows.ACTIVATIONS.values():
-        kernels.append(variant("rows", "activate", kind, ACTIVATION=activation))
+    for name, activation in cuda_rows.ACTIVATIONS.items():
+        archs = gate.ALL_ARCHS if name == "gelu" else EXTREMES
+        gate.assert_compiles(variant("rows", "activate", kind, ACTIVATION=activation), cuda, archs)
     for patch, whole in ((1, 0), (14, 0), (32, 1)):
         kernels.append(variant("patchify", "patchify", kind, PATCH=patch, WHOLE=whole))
     for kernel in kernels:
