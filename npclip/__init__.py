@@ -16,10 +16,12 @@ from .errors import (
     InputTypeError,
     ModelNotFoundError,
     NpclipError,
+    ProvenanceError,
     TextTooLongError,
     UnknownActivationError,
 )
 from .hub import available_models
+from .provenance import Provenance
 from .report import show_config
 from .threads import get_num_threads, set_num_threads
 from .tokenizer import tokenize
@@ -35,6 +37,8 @@ __all__ = [
     "InputTypeError",
     "ModelNotFoundError",
     "NpclipError",
+    "Provenance",
+    "ProvenanceError",
     "TextTooLongError",
     "UnknownActivationError",
     "asnumpy",

@@ -53,12 +53,17 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """The hexadecimal SHA-256 of the file; of several, of their bytes one after another."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with open(file.path, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256(file.path for file in self.files)
+
+
+def sha256(paths: Iterable[str | Path]) -> str:
+    """The hexadecimal SHA-256 of files' bytes, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

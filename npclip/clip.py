@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from .model import encode_image, encode_text
 from .ops import Parameters
 from .params import load_parameters
 from .preprocess import preprocess
+from .provenance import Origin, Provenance, preprocessing
 from .tokenizer import tokenize
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def load(
     """
     towers = _check_towers(towers)
     device, dtype = ops.resolve(device, dtype)  # fails before anything is downloaded
-    return load_opened(*open_model(name_or_path, download_root, activation), towers, device, dtype)
+    opened = open_model(name_or_path, download_root, activation)
+    return load_opened(*opened, towers, device, dtype, os.fspath(name_or_path))
 
 
 def open_model(
@@ -88,13 +90,20 @@ def open_model(
 
 
 def load_opened(
-    checkpoint: Checkpoint, config: Config, towers: tuple[str, ...], device: str, dtype: str
+    checkpoint: Checkpoint,
+    config: Config,
+    towers: tuple[str, ...],
+    device: str,
+    dtype: str,
+    name: str = "",
 ) -> CLIP:
-    """The second half of load(): reads the weights."""
+    """The second half of load(): reads the weights. name: as load() was given it."""
     with _naming(checkpoint):
         params = load_parameters(checkpoint, config, towers, ops.keeps_float16(device))
         params = ops.prepare(params, dtype, checkpoint.release, device)
-    return CLIP(config, checkpoint.metadata, params, device, dtype)
+    name = name if name in hub.MODELS else checkpoint.path.name
+    origin = Origin(name, tuple(file.path for file in checkpoint.files))
+    return CLIP(config, checkpoint.metadata, params, device, dtype, origin)
 
 
 @contextmanager
@@ -142,6 +151,7 @@ class CLIP:
         params: Parameters,
         device: str = "cpu",
         dtype: str = "float32",
+        origin: Origin | None = None,
     ) -> None:
         """Use load(); params are those of params.load_parameters."""
         self.config = config
@@ -149,6 +159,7 @@ class CLIP:
         self.device = device
         self.dtype = dtype
         self._params = params
+        self._origin = origin
         self._towers = None
         if device != "cpu":
             from .cuda_towers import Towers
@@ -185,6 +196,31 @@ class CLIP:
         if (scale := self._params.get("logit_scale")) is None:
             raise InputError("this checkpoint has no logit_scale")
         return np.float32(scale)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the checkpoint file; of a converted one, that of its source.
+
+        The file is read for it, at the first call. Raises InputError for a model that was not
+        loaded from a file.
+        """
+        if self._origin is None:
+            raise InputError("this model was not loaded from a file")
+        return self._origin.weights_sha256(self.metadata)
+
+    def provenance(self, normalized: bool = True) -> Provenance:
+        """What tells its embeddings from another model's. normalized: whether they are."""
+        from . import __version__
+
+        return Provenance(
+            model=self._origin.name if self._origin else "",
+            weights_sha256=self.weights_sha256,
+            dtype=self.dtype,
+            preprocessing=preprocessing(self.config.image_resolution, self.metadata),
+            normalized=normalized,
+            dimension=self.config.embed_dim,
+            npclip=__version__,
+        )
 
     def preprocess(self, image: ImageInput | Image) -> Float32:
         """An image as the image tower takes it: resized, cropped, normalised.

@@ -40,3 +40,7 @@ class InputTypeError(NpclipError, TypeError):
 
 class TextTooLongError(NpclipError, RuntimeError):
     """A text has more tokens than the model's context holds."""
+
+
+class ProvenanceError(NpclipError, ValueError):
+    """Embeddings that were made by different models, or in different ways."""
