@@ -309,10 +309,12 @@ WIDTHS = 64, 80, 88, 104
 LENGTHS = *cuda_attention.SHORT_KEYS, 257, 577, None  # None: attention_pool
 # The widest of SHORT is the heaviest; 577 is 257's kernel.
 SOME = LENGTHS if gate.EVERYTHING else (cuda_attention.SHORT_KEYS[-1], 257, None)
+OF_BF16, OF_F32 = (WIDTHS[1:], WIDTHS) if gate.EVERYTHING else ((88,), (64, 104))
 COMPILED = [
     *((kind, 64, x) for kind in ("f16", "bf16") for x in LENGTHS),
-    *((kind, width, x) for kind in ("f16", "bf16") for width in WIDTHS[1:] for x in SOME),
-    *(("f32", width, x) for width in WIDTHS for x in (257, None)),
+    *(("f16", width, x) for width in WIDTHS[1:] for x in SOME),
+    *(("bf16", width, x) for width in OF_BF16 for x in SOME),
+    *(("f32", width, x) for width in OF_F32 for x in (257, None)),
     ("f16", 128, 257),
 ]
 
