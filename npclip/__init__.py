@@ -25,6 +25,7 @@ from .provenance import Provenance
 from .report import show_config
 from .threads import get_num_threads, set_num_threads
 from .tokenizer import tokenize
+from .zeroshot import ZeroShot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "ProvenanceError",
     "TextTooLongError",
     "UnknownActivationError",
+    "ZeroShot",
     "asnumpy",
     "available_models",
     "get_num_threads",
