@@ -7,6 +7,7 @@ model.encode_image("photo.jpg"), model.encode_text("a photo of a cat")
 """
 
 from .clip import CLIP, asnumpy, load, softmax
+from .embedder import Embedder
 from .errors import (
     BackendError,
     CheckpointError,
@@ -33,6 +34,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DownloadError",
+    "Embedder",
     "ImageError",
     "InputError",
     "InputTypeError",

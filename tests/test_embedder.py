@@ -1,0 +1,126 @@
+"""Embedder against the model that it is made of."""
+
+import dataclasses
+import multiprocessing
+import pickle
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from random_checkpoint import random_tensors
+from safetensors.numpy import save_file
+
+import npclip
+from npclip import embedder
+from npclip.config import Metadata
+
+PICTURE = Path(__file__).parent / "data" / "chelsea.png"
+TEXTS = ["a cat", "a dog on a lawn"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "words.safetensors"
+    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
+    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
+    return path
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The towers that were loaded, in their order."""
+    found, load = [], embedder.load
+
+    def note(*arguments, towers, **options):
+        found.extend(towers)
+        return load(*arguments, towers=towers, **options)
+
+    monkeypatch.setattr(embedder, "load", note)
+    return found
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_are_the_models(path, normalize, dtype):
+    model = npclip.load(path, device="cpu", dtype=dtype)
+    one = npclip.Embedder(path, device="cpu", dtype=dtype, normalize=normalize)
+    images = [PICTURE, PICTURE.read_bytes()]
+    found, wanted = one.embed_images(images), model.encode_image(images, normalize=normalize)
+    assert type(found) is np.ndarray
+    assert (found.dtype, found.shape) == (np.float32, (2, one.dimension))
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(one.embed_images(PICTURE), wanted[0])
+    wanted = model.encode_text(TEXTS, normalize=normalize)
+    np.testing.assert_array_equal(one.embed_texts(iter(TEXTS)), wanted)
+    np.testing.assert_array_equal(one.embed_texts(TEXTS[0]), wanted[0])
+    assert one.provenance() == model.provenance(normalize)
+
+
+def test_only_what_is_needed_is_loaded(path, loads):
+    one = npclip.Embedder(path, device="cpu")
+    assert one.dimension == tiny_models.VIT.embed_dim
+    assert loads == []
+    one.embed_texts("a cat")
+    one.embed_texts("a dog")
+    assert loads == ["text"]
+    one.embed_images(PICTURE)
+    one.provenance()
+    assert loads == ["text", "image"]
+
+
+def test_threads_load_once(path, loads):
+    one, start = npclip.Embedder(path, device="cpu"), threading.Barrier(8)
+    found = [None] * 8
+
+    def work(i):
+        start.wait()
+        found[i] = one.embed_texts(TEXTS)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == ["text"]
+    for embeddings in found:
+        np.testing.assert_array_equal(embeddings, found[0])
+
+
+def test_a_pickle_is_the_arguments(path):
+    one = npclip.Embedder(path, device="cpu", dtype="bfloat16", normalize=False, activation="gelu")
+    wanted = one.embed_texts(TEXTS)
+    pickled = pickle.dumps(one)
+    assert len(pickled) < 1000
+    other = pickle.loads(pickled)
+    assert repr(other) == repr(one)
+    np.testing.assert_array_equal(other.embed_texts(TEXTS), wanted)
+
+
+def test_other_processes_embed_the_same(path):
+    one = npclip.Embedder(path, device="cpu")
+    wanted = [one.embed_texts(text) for text in TEXTS]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for found, expected in zip(pool.map(one.embed_texts, TEXTS), wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_how_it_is_shown():
+    assert repr(npclip.Embedder()) == "Embedder('ViT-B/32')"
+    shown = repr(npclip.Embedder(Path("a.pt"), dtype="float16", normalize=False))
+    assert shown == "Embedder('a.pt', dtype='float16', normalize=False)"
+
+
+def test_errors_are_those_of_the_model(path, tmp_path):
+    missing = npclip.Embedder(tmp_path / "missing.pt", device="cpu")
+    for call in (lambda: missing.dimension, lambda: missing.embed_texts("a"), missing.provenance):
+        with pytest.raises(npclip.ModelNotFoundError):
+            call()
+    one = npclip.Embedder(path, device="cpu")
+    with pytest.raises(npclip.TextTooLongError):
+        one.embed_texts("word " * 100)
+    assert one.embed_texts("word " * 100, truncate=True).shape == (one.dimension,)
+    with pytest.raises(npclip.ImageError):
+        one.embed_images(b"no image")
