@@ -41,7 +41,7 @@
 //
 // cost    2 N M K flop; bound by the tensor cores from N = 200 or so. A slot takes them TILE_N TILE_M / 32 cycles,
 //         for which L2 gives 128 (TILE_N / CLUSTER_M + TILE_M / CLUSTER_N) bytes: in clusters of 2 x 1, 48 a
-//         cycle for 128 x 128 and 64 x 256, 32 for 128 x 256
+//         cycle for 128 x 128 and 64 x 256
 // order   y[n, m] is summed over k in order, in steps of 16: not dependent on N or on other rows
 // launch  a multiple of CLUSTER_N CLUSTER_M blocks, any number; block 384, shared
 //         128 STAGES (TILE_N + TILE_M) + 1024 bytes

@@ -320,18 +320,15 @@ class Device:
 
     def run(self, launch: Launch) -> None:
         """Put a kernel on the stream."""
-        kernel, grid, block, shared, arguments, stays = launch
+        if launch.stays:
+            launch = self._staying(launch)
+        kernel, grid, block, shared, arguments, _ = launch
         function = self._functions.get(kernel) or self._function(kernel)
-        if stays:
-            blocks = min(grid[0], self.processors // stays * stays)
-            grid = max(blocks, stays), *grid[1:]
-            arguments = tuple([self._map(a) if type(a) is TensorMap else a for a in arguments])
         with self.handle:
             if shared > self._shared.get(kernel, SHARED_BYTES):
                 function.max_dynamic_shared_size_bytes = self._shared[kernel] = shared
             if (driver := self._driver) is not None:
                 self._begin_thread()
-                launch = Launch(kernel, grid, block, shared, arguments)
                 driver.run(function, launch, self.xp.cuda.get_current_stream().ptr)
                 return
             arguments = tuple([NULL if a is None else a for a in arguments])
@@ -353,6 +350,13 @@ class Device:
         if not getattr(self._threads, "has_begun", False):
             self.xp.cuda.runtime.setDevice(self.ordinal)
             self._threads.has_begun = True
+
+    def _staying(self, launch: Launch) -> Launch:
+        """With as many blocks as run at once, at most, and its tensor maps made."""
+        stays, (blocks, y, z) = launch.stays, launch.grid
+        blocks = max(min(blocks, self.processors // stays * stays), stays)
+        arguments = [self._map(a) if type(a) is TensorMap else a for a in launch.arguments]
+        return launch._replace(grid=(blocks, y, z), arguments=tuple(arguments))
 
     def _map(self, wanted: TensorMap) -> Any:
         """Made once for an address and a shape: a map holds no more than these."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from . import cuda_driver
 from .errors import BackendError
 
 BYTES = 128
@@ -39,7 +39,7 @@ def encode(
 @cache
 def _driver() -> Any:
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = cuda_driver.load()
         driver.cuTensorMapEncodeTiled  # noqa: B018 - from CUDA 12.0 on
     except (OSError, AttributeError) as error:
         raise BackendError(f"the CUDA driver makes no tensor maps: {error}") from None

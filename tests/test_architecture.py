@@ -16,7 +16,7 @@ ORDER = [  # left to right; a module may import those further right only
     "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet", "ops",
     "cuda_preprocess", "hub", "config", "inputs", "preprocess", "report", "cuda", "cuda_products",
     "cuda_attention", "cuda_images", "cuda_linear", "cuda_rows", "cuda_device", "nvrtc", "cublaslt",
-    "cuda_driver", "tensor_map", "cuda_launch", "pil_pixels", "cpu", "weights", "cpu_library",
+    "tensor_map", "cuda_driver", "cuda_launch", "pil_pixels", "cpu", "weights", "cpu_library",
     "threads", "tokenizer", "errors", "kernels",
 ]  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -4,7 +4,7 @@ import dataclasses
 import multiprocessing
 import pickle
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +73,13 @@ def test_only_what_is_needed_is_loaded(path, loads):
 
 def test_threads_load_once(path, loads):
     one, start = npclip.Embedder(path, device="cpu"), threading.Barrier(8)
-    found = [None] * 8
 
-    def work(i):
+    def embed(_):
         start.wait()
-        found[i] = one.embed_texts(TEXTS)
+        return one.embed_texts(TEXTS)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(embed, range(8)))
     assert loads == ["text"]
     for embeddings in found:
         np.testing.assert_array_equal(embeddings, found[0])
