@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import npclip
+from npclip.__main__ import COMMANDS
 
 PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
-    "__main__", "info", "convert", "__init__", "embedder", "zeroshot", "clip",
+    "__main__", "commands", "info", "convert", "__init__", "embedder", "zeroshot", "clip",
     "cuda_towers", "params", "provenance", "checkpoint", "torch_file", "safetensors_file",
     "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet", "ops",
     "cuda_preprocess", "hub", "config", "inputs", "preprocess", "report", "cuda", "cuda_products",
@@ -66,3 +67,8 @@ def test_import_loads_numpy_and_nothing_heavy():
     ).stdout.split()
     assert "numpy" in loaded
     assert not {"PIL", "ftfy", "regex", "safetensors", "tqdm", "filelock", "urllib3"} & set(loaded)
+
+
+def test_every_module_of_commands_is_a_command():
+    modules = {path.stem for path in (PACKAGE / "commands").glob("[!_]*.py")}
+    assert modules == set(COMMANDS)
