@@ -18,6 +18,7 @@ from .errors import (
     ModelNotFoundError,
     NpclipError,
     ProvenanceError,
+    StoreError,
     TextTooLongError,
     UnknownActivationError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "NpclipError",
     "Provenance",
     "ProvenanceError",
+    "StoreError",
     "TextTooLongError",
     "UnknownActivationError",
     "ZeroShot",

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +19,7 @@ from .errors import CheckpointError
 from .safetensors_file import NAMES
 from .tensor import DTYPES, Array
 from .weights import to_bfloat16
+from .whole_file import replacing
 
 FORMAT_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 TARGETS = ("float32", "float16", "bfloat16")
@@ -80,18 +78,11 @@ def _write_atomically(
     target: Path, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata
 ) -> None:
     """Write a temporary file beside target, then rename it; leave nothing behind on failure."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with replacing(target, sync=True) as file:
             _write(file, checkpoint, dtype, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
-    finally:
-        with suppress(OSError):  # there is none after success
-            temporary.unlink()
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import cublaslt, cuda_linear, cuda_rows
 from .cuda_launch import MODEL_DTYPES, stored
 from .errors import BackendError, NpclipError
+from .whole_file import replacing
 
 if TYPE_CHECKING:
     from .cuda_device import Device
@@ -235,7 +236,6 @@ class Products:
             return
         with contextlib.suppress(OSError):  # without a cache it is timed anew
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(f".{os.getpid()}.part")
             known = self._read() | self._remembered  # other processes write, too
-            part.write_text(json.dumps(known, indent=0, sort_keys=True))
-            part.replace(self._file)
+            with replacing(self._file) as stream:
+                stream.write(json.dumps(known, indent=0, sort_keys=True).encode())

@@ -23,7 +23,7 @@ class UnknownActivationError(CheckpointError):
 
 
 class BackendError(NpclipError, RuntimeError):
-    """The device or dtype asked for is not available here."""
+    """The device or dtype asked for, or a package that it takes, is not available here."""
 
 
 class ImageError(NpclipError, ValueError):
@@ -44,3 +44,7 @@ class TextTooLongError(NpclipError, RuntimeError):
 
 class ProvenanceError(NpclipError, ValueError):
     """Embeddings that were made by different models, or in different ways."""
+
+
+class StoreError(NpclipError, RuntimeError):
+    """A collection of embeddings is broken, cannot be read or written, or has another writer."""

@@ -20,6 +20,7 @@ from threading import RLock
 from typing import Any
 
 from .errors import BackendError, NpclipError
+from .whole_file import replacing
 
 OPTIONS = ("-std=c++17", "-default-device", "-ftz=true")  # ftz: as CuPy compiles, too
 INSTALL = "pip install 'npclip[cuda12]' (CUDA 12) or 'npclip[cuda13]' (CUDA 13) brings it"
@@ -347,19 +348,14 @@ def _temporary_folder() -> Path:
 
 
 def _write(path: Path, binary: bytes) -> Path:
-    """Under a name of its own first, so that path is whole whenever it exists."""
+    """Whole whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem[:16]}.", suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with replacing(path) as stream:
             stream.write(binary)
-        try:
-            os.replace(part, path)
-        except PermissionError:  # Windows: another process wrote it and has it open
-            if not _is_whole(path):
-                raise
-    finally:
-        Path(part).unlink(missing_ok=True)
+    except PermissionError:  # Windows: another process wrote it and has it open
+        if not _is_whole(path):
+            raise
     return path
 
 

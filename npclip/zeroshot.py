@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from . import hub
 from .clip import CLIP, Float32, asnumpy, softmax
 from .errors import InputError, InputTypeError, NpclipError
+from .whole_file import replacing
 
 Label: TypeAlias = "str | Sequence[str]"
 Prediction: TypeAlias = "list[tuple[str, float]]"  # most probable first
@@ -256,10 +256,5 @@ def _write(file: Path, embeddings: Float32) -> None:
     """All of it or nothing; a cache that cannot be written is done without."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            with open(part, "wb") as stream:
-                np.save(stream, embeddings)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(file) as stream:
+            np.save(stream, embeddings)

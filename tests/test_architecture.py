@@ -12,28 +12,51 @@ from npclip.__main__ import COMMANDS
 
 PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
-    "__main__", "commands", "info", "convert", "__init__", "embedder", "zeroshot", "clip",
-    "cuda_towers", "params", "provenance", "checkpoint", "torch_file", "safetensors_file",
-    "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet", "ops",
-    "cuda_preprocess", "hub", "config", "inputs", "preprocess", "report", "cuda", "cuda_products",
-    "cuda_attention", "cuda_images", "cuda_linear", "cuda_rows", "cuda_device", "nvrtc", "cublaslt",
-    "tensor_map", "cuda_driver", "cuda_launch", "pil_pixels", "cpu", "weights", "cpu_library",
-    "threads", "tokenizer", "errors", "kernels",
+    "__main__", "commands", "evaluation", "evaluation.confusion_picture",
+    "evaluation.probe", "evaluation.zero_shot", "evaluation.image_folder", "bulk",
+    "sources", "sources.walk", "sources.parquet", "sources.tars", "sources.texts",
+    "sources.items", "store", "store.writer", "store.reader", "store.shards", "store.journal",
+    "store.failures", "store.ids", "store.collection", "info", "convert", "__init__", "embedder",
+    "zeroshot", "clip", "cuda_towers", "params", "provenance", "checkpoint", "torch_file",
+    "safetensors_file", "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet",
+    "ops", "cuda_preprocess", "hub", "config", "inputs", "preprocess", "report", "cuda",
+    "cuda_products", "cuda_attention", "cuda_images", "cuda_linear", "cuda_rows", "cuda_device",
+    "nvrtc", "cublaslt", "tensor_map", "cuda_driver", "cuda_launch", "pil_pixels", "cpu",
+    "weights", "cpu_library", "threads", "tokenizer", "whole_file", "errors", "kernels",
 ]  # fmt: skip
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def name_of(path):
+    """npclip/store/ids.py -> "store.ids"; of all commands, "commands"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    package = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+    return "commands" if parts[0] == "commands" else ".".join(package)
+
+
+PATHS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PATHS = {name: path for name, path in PATHS.items() if not name.startswith("kernels")}
+MODULES = sorted(PATHS)
 
 
 def imports(module):
     """Modules of npclip that a module imports at its top level, by name."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+    path = PATHS[module]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].relative_to(PACKAGE).parts
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from (name.partition(".")[0] for name in names)
+            yield from (known(".".join([*base, name])) for name in names)
+
+
+def known(name):
+    """The module, also where a name in it was imported."""
+    while name not in ORDER and "." in name:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def third_party(module):
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(PATHS[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -66,7 +89,16 @@ def test_import_loads_numpy_and_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert "numpy" in loaded
-    assert not {"PIL", "ftfy", "regex", "safetensors", "tqdm", "filelock", "urllib3"} & set(loaded)
+    assert not {
+        "PIL",
+        "ftfy",
+        "regex",
+        "safetensors",
+        "tqdm",
+        "filelock",
+        "urllib3",
+        "pyarrow",
+    } & set(loaded)
 
 
 def test_every_module_of_commands_is_a_command():
