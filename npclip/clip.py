@@ -208,15 +208,18 @@ class CLIP:
             raise InputError("this model was not loaded from a file")
         return self._origin.weights_sha256(self.metadata)
 
-    def provenance(self, normalized: bool = True) -> Provenance:
-        """What tells its embeddings from another model's. normalized: whether they are."""
+    def provenance(self, normalized: bool = True, fast_decode: bool = False) -> Provenance:
+        """What tells its embeddings from another model's.
+
+        normalized, fast_decode: whether they are, and whether their images were decoded so.
+        """
         from . import __version__
 
         return Provenance(
             model=self._origin.name if self._origin else "",
             weights_sha256=self.weights_sha256,
             dtype=self.dtype,
-            preprocessing=preprocessing(self.config.image_resolution, self.metadata),
+            preprocessing=preprocessing(self.config.image_resolution, self.metadata, fast_decode),
             normalized=normalized,
             dimension=self.config.embed_dim,
             npclip=__version__,

@@ -37,14 +37,19 @@ Tables: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]  # of axis_table
 ImageSource = Any  # str | os.PathLike[str] | bytes | bytearray | PIL.Image.Image | uint8 array
 
 
-def load_image(source: ImageSource) -> Image:
+def load_image(
+    source: ImageSource, max_pixels: int | None = None, reduce_to: int | None = None
+) -> Image:
     """A fully decoded PIL image, in the mode that it is stored in.
 
     source: a path, the bytes of an image file, a PIL image, or a uint8 array: RGB [H, W, 3],
         RGBA [H, W, 4], or grey [H, W] or [H, W, 1].
+    max_pixels, reduce_to: of files. Larger ones are not decoded. A JPEG is decoded at 1/2, 1/4 or
+        1/8 of its size where its sides stay at least reduce_to: close to, not equal to, what
+        resizing all of it gives.
 
-    Raises ImageError, saying why, if it cannot be read or decoded to its end, is empty, or is an
-    array of another dtype or shape; InputTypeError for any other type.
+    Raises ImageError, saying why, if it cannot be read or decoded to its end, is empty, has more
+    than max_pixels, or is an array of another dtype or shape; InputTypeError for any other type.
     """
     import PIL.Image
 
@@ -53,9 +58,10 @@ def load_image(source: ImageSource) -> Image:
     if isinstance(source, np.ndarray):
         return PIL.Image.fromarray(_check_array(source))
     if isinstance(source, (bytes, bytearray)):
-        return _open(io.BytesIO(source), f"image of {len(source)} bytes")
+        name = f"image of {len(source)} bytes"
+        return _open(io.BytesIO(source), name, max_pixels, reduce_to)
     if isinstance(source, (str, os.PathLike)):
-        return _open(os.fspath(source), os.fspath(source))
+        return _open(os.fspath(source), os.fspath(source), max_pixels, reduce_to)
     raise InputTypeError(
         f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}"
     )
@@ -216,7 +222,9 @@ def _resized(old: tuple[int, int], size: int) -> tuple[int, int]:
     return width, height
 
 
-def _open(file: str | io.BytesIO, name: str) -> Image:
+def _open(
+    file: str | io.BytesIO, name: str, max_pixels: int | None, reduce_to: int | None
+) -> Image:
     import PIL.Image
 
     try:
@@ -226,6 +234,11 @@ def _open(file: str | io.BytesIO, name: str) -> Image:
     except Exception as error:  # Pillow's plugins raise anything on a corrupt file
         raise ImageError(f"{name}: {_reason(error)}") from error
     with image:  # closes the file, keeps the pixels
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            size = f"{image.width} x {image.height}"
+            raise ImageError(f"{name}: {size} pixels are more than {max_pixels}")
+        if reduce_to is not None:
+            image.draft(None, (reduce_to, reduce_to))
         return _decode(image, name)
 
 

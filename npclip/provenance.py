@@ -19,6 +19,7 @@ CALLED = {  # in the sentences of differences()
     "normalized": "normalisation to length 1",
     "dimension": "length of an embedding",
 }
+FAST_DECODE = ", JPEGs decoded at a reduced size"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Provenance:
         """Raises ProvenanceError, with all differences, where there is one. what: of the other."""
         if found := self.differences(other):
             raise ProvenanceError(f"{what} has other embeddings: {'; '.join(found)}")
+
+    @property
+    def fast_decode(self) -> bool:
+        """Whether large JPEGs were decoded at a reduced size, as embed(fast_decode=True) does."""
+        return self.preprocessing.endswith(FAST_DECODE)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,8 +85,9 @@ class Origin:
         return sha256(self.files)
 
 
-def preprocessing(resolution: int, metadata: Metadata) -> str:
+def preprocessing(resolution: int, metadata: Metadata, fast_decode: bool = False) -> str:
     """How images become pixels, in words: equal where, and only where, the pixels are."""
     mean, std = (",".join(f"{v:.9g}" for v in values) for values in (metadata.mean, metadata.std))
     how = {"shortest": "shorter side, centre crop", "squash": "both sides"}[metadata.resize]
-    return f"{resolution} px, {metadata.interpolation}, {how}, mean {mean}, std {std}"
+    rule = f"{resolution} px, {metadata.interpolation}, {how}, mean {mean}, std {std}"
+    return rule + FAST_DECODE * fast_decode

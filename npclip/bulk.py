@@ -1,0 +1,224 @@
+"""Embed whole collections: threads read and decode ahead of the encoder, a store keeps the rows.
+
+    open_sources -> Items -> threads: read, decode -> encoder, a batch at a time -> store.Writer
+
+A row that is on disk is never computed again, so a run that was killed goes on where it stopped.
+On the CPU an embedding does not depend on its batch: the result is that of an unbroken run, to the
+bit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import threads
+from .clip import CLIP, Float32, asnumpy
+from .errors import InputError, NpclipError
+from .preprocess import load_image
+from .sources import Item, Kind, open_sources
+from .store import Writer
+from .tokenizer import tokenize
+
+Input: TypeAlias = NDArray[Any]  # an item as the encoder takes it: pixels or token ids
+Outcome: TypeAlias = "tuple[Item, Input | NpclipError]"
+
+BATCH: dict[Kind, dict[str, int]] = {
+    "image": {"cpu": 32, "cuda": 256},
+    "text": {"cpu": 256, "cuda": 4096},
+}
+GROUP: dict[Kind, int] = {"image": 1, "text": 64}  # items that a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Options:
+    """How items become what the encoder takes, and embeddings."""
+
+    kind: Kind = "image"
+    normalize: bool = True
+    max_pixels: int | None = None
+    fast_decode: bool = False
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what contradicts itself."""
+        if self.kind not in BATCH:
+            raise InputError(f'kind must be "image" or "text", not {self.kind!r}')
+        if self.fast_decode and self.kind != "image":
+            raise InputError("fast_decode is for images")
+        if self.truncate and self.kind != "text":
+            raise InputError("truncate is for texts")
+        _at_least_1("max_pixels", self.max_pixels)
+
+
+@dataclass
+class Report:
+    """What a run did, so far or in all."""
+
+    embedded: int = 0  # rows written
+    skipped: int = 0  # items whose ids the collection has, or that came twice
+    failed: int = 0  # items listed in errors.jsonl
+    seconds: float = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Items that are done with."""
+        return self.embedded + self.skipped + self.failed
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What became of some items."""
+
+    items: list[Item]
+    embeddings: Float32  # [len(items), D]
+    failed: list[tuple[Item, str]]  # with the reason
+
+
+def embed(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    model: CLIP,
+    kind: Kind = "image",
+    *,
+    dtype: str = "float16",
+    format: str = "parquet",
+    normalize: bool = True,
+    batch: int | None = None,
+    workers: int | None = None,
+    column: str | None = None,
+    id_column: str | None = None,
+    max_pixels: int | None = None,
+    fast_decode: bool = False,
+    truncate: bool = False,
+    on_progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Embed every image or text of the sources into the collection out, which may exist.
+
+    sources, column, id_column: as sources.open_sources takes them.
+    out, dtype, format: a folder, and how it stores embeddings: see store.Writer.
+    kind: "image" or "text".
+    batch: items a call of the encoder. workers: threads that read and decode; by default as many
+        as the CPU's kernels use.
+    max_pixels: larger images fail before they are decoded; Pillow's own limit holds as well.
+    fast_decode: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that is no smaller than
+        the model's: faster, and not what openai/CLIP computes. The provenance says so.
+    truncate: cut texts that are too long; otherwise they fail.
+    on_progress: called after every batch.
+
+    An item that cannot be read or used goes to the collection's errors.jsonl with the reason, and
+    is tried again by the next run. Raises InputError for sources that do not exist and for wrong
+    arguments, ProvenanceError where out has embeddings of another kind, StoreError where it cannot
+    be written, and what the model raises; all rows written till then are kept.
+    """
+    options = Options(kind, normalize, max_pixels, fast_decode, truncate)
+    _at_least_1("batch", batch)
+    _at_least_1("workers", workers)
+    size = batch or BATCH[kind][model.device.partition(":")[0]]
+    items = open_sources(_strings(sources), options.kind, column=column, id_column=id_column)
+    first = list(islice(items, 1))  # raises where there is none, and nothing is written
+    report, start = Report(), time.monotonic()
+    provenance = model.provenance(normalize, fast_decode)
+    with Writer(out, provenance, kind, dtype=dtype, format=format) as writer:
+        fresh = not_yet_embedded(chain(first, items), writer, report)
+        with closing(decoded(fresh, model, options, workers, ahead=size)) as outcomes:
+            while some := list(islice(outcomes, size)):
+                save(encoded(some, model, options), writer, report)
+                report.seconds = time.monotonic() - start
+                if on_progress:
+                    on_progress(report)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def not_yet_embedded(items: Iterable[Item], writer: Writer, report: Report) -> Iterator[Item]:
+    """The items whose ids the collection does not have; the others are counted."""
+    for item in items:
+        if item.id in writer:
+            report.skipped += 1
+        else:
+            yield item
+
+
+def decoded(
+    items: Iterator[Item], model: CLIP, options: Options, workers: int | None, ahead: int
+) -> Generator[Outcome, None, None]:
+    """Each item with what it is to the encoder, or why it is nothing; in order.
+
+    Threads are ahead by so many items, which bounds the memory.
+    """
+    count, group = workers or threads.get_num_threads(), GROUP[options.kind]
+
+    def some(group: list[Item]) -> list[Outcome]:
+        return [(item, _input(item, model, options)) for item in group]
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        running: deque[Future[list[Outcome]]] = deque()
+        groups = iter(lambda: list(islice(items, group)), [])
+        for next_group in groups:
+            running.append(pool.submit(some, next_group))
+            if len(running) > ahead // group + count:
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encoded(outcomes: Iterable[Outcome], model: CLIP, options: Options) -> Embedded:
+    """A batch through the encoder."""
+    items, inputs, failed = [], [], []
+    for item, found in outcomes:
+        if isinstance(found, NpclipError):
+            failed.append((item, str(found)))
+        else:
+            items.append(item)
+            inputs.append(found)
+    encode = model.encode_image if options.kind == "image" else model.encode_text
+    embeddings = encode(np.stack(inputs) if inputs else [], normalize=options.normalize)
+    return Embedded(items, asnumpy(embeddings), failed)
+
+
+def save(some: Embedded, writer: Writer, report: Report) -> None:
+    """Write what became of some items, each id once."""
+    rows = {item.id: i for i, item in reversed(list(enumerate(some.items)))}
+    kept = sorted(i for id, i in rows.items() if id not in writer)
+    items = [some.items[i] for i in kept]
+    writer.append([x.id for x in items], [x.path for x in items], some.embeddings[kept])
+    for item, reason in some.failed:
+        writer.fail(item.id, item.path, reason)
+    report.embedded += len(kept)
+    report.skipped += len(some.items) - len(kept)
+    report.failed += len(some.failed)
+
+
+def _input(item: Item, model: CLIP, options: Options) -> Input | NpclipError:
+    try:
+        read = item.read()
+        if isinstance(read, str):
+            return tokenize([read], model.context_length, truncate=options.truncate)[0]
+        side = model.visual.input_resolution if options.fast_decode else None
+        return model.preprocess(load_image(read, options.max_pixels, side))
+    except NpclipError as error:
+        return error
+
+
+def _at_least_1(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _strings(sources: Any) -> list[str]:
+    many = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    return [os.fspath(source) for source in many]

@@ -1,0 +1,138 @@
+"""npclip embed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..bulk import Report, embed
+from ..clip import load
+from ..errors import NpclipError
+from ..sources import Kind, open_sources
+from . import add_model
+
+ABOUT = "Embed images or texts, any number of them, into a collection on disk."
+LINES_EVERY = 10.0  # seconds, where there is no terminal
+READ_TO_COUNT = re.compile(r"\.(parquet|tar\.gz|tgz)::", re.IGNORECASE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    about = "file, folder, glob, @list, webdataset .tar, .parquet, or - for lines of stdin"
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help=about)
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", required=True, help="folder; goes on if there"
+    )
+    add_model(parser)
+    parser.add_argument("--text", action="store_true", help="the sources are texts, not images")
+    about = "of the arithmetic: float32, float16, bfloat16 (default: as npclip.load)"
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=about)
+    choices = ("float16", "float32")
+    parser.add_argument("--store", choices=choices, default="float16", help="of the embeddings")
+    parser.add_argument("--format", choices=("parquet", "npy"), default="parquet")
+    about = "leave embeddings as the model gives them, not of length 1"
+    parser.add_argument("--no-normalize", dest="normalize", action="store_false", help=about)
+    parser.add_argument("--batch", type=int, metavar="N", help="items a call of the encoder")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read and decode")
+    parser.add_argument("--column", help="of Parquet, CSV and JSONL (default: found by its name)")
+    parser.add_argument("--id-column", help="of Parquet: the ids (default: file and row number)")
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="refuse larger images (default: Pillow's limit)"
+    )
+    about = "decode large JPEGs at a reduced size: not quite openai/CLIP's embeddings"
+    parser.add_argument("--fast-decode", action="store_true", help=about)
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long")
+
+
+def run(args: argparse.Namespace) -> str:
+    """What was done; progress goes to stderr."""
+    kind: Kind = "text" if args.text else "image"
+    if args.max_pixels is not None:
+        _let_pillow_open(args.max_pixels)
+    model = load(args.model, args.device, args.dtype, towers=(kind,), activation=args.activation)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that can be read none the less
+    progress = _Progress(args.sources, kind, sys.stderr.isatty())
+    try:
+        report = embed(
+            args.sources,
+            args.out,
+            model,
+            kind,
+            dtype=args.store,
+            format=args.format,
+            normalize=args.normalize,
+            batch=args.batch,
+            workers=args.workers,
+            column=args.column,
+            id_column=args.id_column,
+            max_pixels=args.max_pixels,
+            fast_decode=args.fast_decode,
+            truncate=args.truncate,
+            on_progress=progress,
+        )
+    finally:
+        progress.close()
+    failed = f", see {os.path.join(args.out, 'errors.jsonl')}" if report.failed else ""
+    return f"{args.out}: {_line(report)}{failed}"
+
+
+def _line(report: Report) -> str:
+    rate = report.embedded / report.seconds if report.seconds else 0.0
+    parts = [f"{report.embedded} embedded in {report.seconds:.1f} s, {rate:.1f} a second"]
+    if report.skipped:
+        parts.append(f"{report.skipped} were there already")
+    if report.failed:
+        parts.append(f"{report.failed} failed")
+    return ", ".join(parts)
+
+
+def _let_pillow_open(pixels: int) -> None:
+    import PIL.Image
+
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    PIL.Image.MAX_IMAGE_PIXELS = max(pixels, limit) if limit else None
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then."""
+
+    def __init__(self, sources: Sequence[str], kind: Kind, is_terminal: bool) -> None:
+        self._bar: Any = None
+        self._next = time.monotonic() + LINES_EVERY
+        if is_terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(unit=" items", smoothing=0.05)
+            threading.Thread(target=self._count, args=(sources, kind), daemon=True).start()
+
+    def __call__(self, report: Report) -> None:
+        if self._bar is not None:
+            self._bar.update(report.seen - self._bar.n)
+            self._bar.set_postfix(failed=report.failed, refresh=False)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINES_EVERY
+            print(_line(report), file=sys.stderr, flush=True)
+
+    def _count(self, sources: Sequence[str], kind: Kind) -> None:
+        """The bar's total, where it is known without reading what is to be embedded."""
+        if "-" in sources or any(x[0] == "@" and not os.path.isfile(x[1:]) for x in sources):
+            return  # what can be read only once
+        total = 0
+        with suppress(NpclipError):  # embed() says so
+            for item in open_sources(sources, kind):
+                if READ_TO_COUNT.search(item.path):
+                    return
+                total += 1
+            self._bar.total = total
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
