@@ -11,7 +11,7 @@ from io import TextIOWrapper
 
 from .errors import NpclipError
 
-COMMANDS = "classify", "convert", "embed", "info", "models"
+COMMANDS = "classify", "convert", "embed", "eval", "info", "models"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ def image_batches(
         parts = (x[i : i + size] for i in range(0, len(x), size))
         return (np.asarray(part, np.float32) for part in parts), False
     if _is_image(x):
-        return iter([_pixels(x, preprocess, resolution)[None]]), True
+        return iter([as_pixels(x, preprocess, resolution)[None]]), True
     if not isinstance(x, Iterable):
         raise InputTypeError(f"an image or images expected, not {type(x).__name__}")
     # GPUs are asked in this thread, whose stream writes what lies there, and not in the pool's.
@@ -105,12 +105,13 @@ def _numbered(
 ) -> NDArray[np.float32]:
     index, x = item
     try:
-        return _pixels(x, preprocess, resolution)
+        return as_pixels(x, preprocess, resolution)
     except (ImageError, InputError, InputTypeError) as error:
         raise type(error)(f"image {index}: {error}") from error
 
 
-def _pixels(x: Any, preprocess: Callable[[Any], Any], resolution: int) -> NDArray[np.float32]:
+def as_pixels(x: Any, preprocess: Callable[[Any], Any], resolution: int) -> NDArray[np.float32]:
+    """[3, R, R] of an image that may be that already. Raises InputError and as preprocess does."""
     x = _unwrap(x)
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
         return preprocess(x)
@@ -182,7 +183,7 @@ def _check_ids(ids: NDArray[Any], context_length: int, vocab_size: int) -> NDArr
 def _stacked(
     items: Iterator[Any], pixels: Callable[[Any], NDArray[np.float32]], size: int
 ) -> Batches:
-    decoded = _in_threads(items, pixels)
+    decoded = in_threads(items, pixels)
     while batch := list(islice(decoded, size)):
         stacked = np.stack(batch)
         del batch
@@ -190,7 +191,7 @@ def _stacked(
         del stacked
 
 
-def _in_threads(items: Iterator[Any], pixels: Callable[[Any], Any]) -> Iterator[Any]:
+def in_threads(items: Iterator[Any], pixels: Callable[[Any], Any]) -> Iterator[Any]:
     """pixels of every item, in order, in as many threads as the kernels use."""
     from concurrent.futures import ThreadPoolExecutor  # not at import: it takes its time
 
