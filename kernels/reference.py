@@ -196,3 +196,16 @@ def to_float(x):
 def l2_normalize(x):
     """x / |x| along the last axis"""
     return x / np.sqrt(np.square(x).sum(-1, keepdims=True))
+
+
+def similarity(queries, rows, cosine=False):  # [Q, D], [N, D] -> [Q, N]
+    """queries rows^T; cosine: over the length of the row, and 0 where that is 0.
+
+    rows may be stored in a narrower dtype: it is computed in that of queries.
+    """
+    rows = rows.astype(queries.dtype)
+    s = queries @ rows.T
+    if cosine:
+        lengths = np.sqrt(np.square(rows).sum(-1))
+        s *= np.divide(1, lengths, np.zeros_like(lengths), where=lengths > 0)
+    return s

@@ -11,7 +11,7 @@ from io import TextIOWrapper
 
 from .errors import NpclipError
 
-COMMANDS = "classify", "convert", "embed", "eval", "info", "models"
+COMMANDS = "classify", "convert", "embed", "eval", "export", "info", "models", "search"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -255,6 +255,19 @@ def l2_normalize(x: Array) -> Array:
     return y
 
 
+def similarity(queries: Array, rows: Array, cosine: bool = False) -> Array:
+    """reference.similarity"""
+    stored = {np.float16: "f16", np.float32: "f32"}.get(rows.dtype.type)
+    if not stored or queries.dtype != np.float32:
+        return reference.similarity(queries, rows, cosine)
+    queries, rows = _as(queries, "f32"), np.ascontiguousarray(rows)
+    s = np.empty((len(queries), len(rows)), np.float32)
+    best("similarity", stored)[0](
+        _pointer(queries), _pointer(rows), _pointer(s), *s.shape, rows.shape[1], cosine
+    )
+    return s
+
+
 def resize(
     image: Array,
     x: tuple[Array, Array],

@@ -30,6 +30,7 @@ SIGNATURES = {
     "conv2d": "pppppiiiiiiiccc",
     "avg_pool2d": "ppiiiii",
     "resize": "piiiippippiiiippp",
+    "similarity": "pppiiic",
     "peak": "ip",
     "bandwidth": "piip",
 }

@@ -280,6 +280,15 @@ def l2_normalize(x: Array) -> Array:
     return _backend(x).l2_normalize(x)
 
 
+def similarity(
+    queries: Array, rows: Array, cosine: bool = False
+) -> Array:  # [Q, D], [N, D] -> [Q, N]
+    """queries rows^T, of float32 with float16 or float32; cosine: over the lengths of the rows"""
+    if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
+        raise _mismatch("similarity", queries=queries, rows=rows)
+    return _host_backend().similarity(queries, rows, cosine)
+
+
 def softmax(x: Array) -> Array:
     """exp(x) / sum exp(x) along the last axis"""
     return _backend(x).softmax(x)

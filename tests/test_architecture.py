@@ -12,8 +12,9 @@ from npclip.__main__ import COMMANDS
 
 PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
-    "__main__", "commands", "evaluation", "evaluation.confusion_picture",
-    "evaluation.probe", "evaluation.zero_shot", "evaluation.image_folder", "bulk",
+    "__main__", "commands", "search.gallery", "search.faiss_export", "search", "evaluation",
+    "evaluation.confusion_picture", "evaluation.probe", "evaluation.zero_shot",
+    "evaluation.image_folder", "bulk",
     "sources", "sources.walk", "sources.parquet", "sources.tars", "sources.texts",
     "sources.items", "store", "store.writer", "store.reader", "store.shards", "store.journal",
     "store.failures", "store.ids", "store.collection", "info", "convert", "__init__", "embedder",
@@ -27,14 +28,15 @@ ORDER = [  # left to right; a module may import those further right only
 
 
 def name_of(path):
-    """npclip/store/ids.py -> "store.ids"; of all commands, "commands"."""
+    """npclip/store/ids.py -> "store.ids", npclip/store/__init__.py -> "store"."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    package = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
-    return "commands" if parts[0] == "commands" else ".".join(package)
+    if parts[0] in ("commands", "kernels"):
+        return parts[0]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 PATHS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-PATHS = {name: path for name, path in PATHS.items() if not name.startswith("kernels")}
+PATHS = {name: path for name, path in PATHS.items() if name not in ("commands", "kernels")}
 MODULES = sorted(PATHS)
 
 

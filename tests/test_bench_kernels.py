@@ -22,6 +22,7 @@ TINY = {
     "linear": "7x15x17", "attention": "2x5x2x8", "attention_pool": "2x5x2x8", "layer_norm": "3x33",
     "add_layer_norm": "3x33", "patchify": "1x8x4", "embed_patches": "1x5x16",
     "conv2d": "1x5x3x4x3x2", "avg_pool2d": "1x4x3x2", "l2_normalize": "3x17", "resize": "24x32x8",
+    "similarity": "3x7x17",
 }  # fmt: skip
 
 

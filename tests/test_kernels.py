@@ -224,6 +224,54 @@ def test_l2_normalize(isa, rng, shape):
     check("l2_normalize", normal(rng, *shape, scale=20))
 
 
+SEARCHES = [(1, 1000, 512), (2, 333, 768), (5, 129, 770), (3, 7, 33), (1, 1, 1), (16, 17, 1024)]
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("shape", SEARCHES, ids=str)
+def test_similarity(isa, rng, shape, dtype, cosine):
+    q, n, d = shape
+    queries, rows = normal(rng, q, d), normal(rng, n, d).astype(dtype)
+    rows[n // 2] = 0
+    wide = rows.astype(np.float64)
+    largest = reference.similarity(np.abs(queries).astype(float), np.abs(wide), cosine).max()
+    assert_close(
+        cpu.similarity(queries, rows, cosine),
+        reference.similarity(queries.astype(float), wide, cosine),
+        reference.similarity(queries, rows, cosine),
+        largest,
+    )
+
+
+def test_similarity_is_the_same_alone_and_among_others_at_any_address(isa, rng):
+    queries, rows = normal(rng, 5, 77), normal(rng, 300, 77).astype(np.float16)
+    expected = cpu.similarity(queries, rows)
+    each = [[cpu.similarity(q[None], r[None])[0, 0] for r in rows[:9]] for q in queries]
+    np.testing.assert_array_equal(each, expected[:, :9])
+    memory = np.empty(rows.nbytes + 1, np.uint8)[1:].view(np.float16).reshape(rows.shape)
+    memory[:] = rows
+    np.testing.assert_array_equal(cpu.similarity(queries, memory), expected)
+    np.testing.assert_array_equal(cpu.similarity(queries, rows[::2]), expected[:, ::2])
+
+
+def test_similarity_reads_nothing_beyond_the_last_row(isa, rng):
+    mmap = pytest.importorskip("mmap")
+    rows = normal(rng, 31, 33).astype(np.float16)
+    page = mmap.PAGESIZE
+    size = -(-rows.nbytes // page) * page
+    memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # what follows it is mostly not mapped
+    there = memory[size - rows.nbytes :].view(np.float16).reshape(rows.shape)
+    there[:] = rows
+    queries = normal(rng, 3, 33)
+    np.testing.assert_array_equal(cpu.similarity(queries, there), cpu.similarity(queries, rows))
+
+
+def test_similarity_with_nothing(isa, rng):
+    for q, n in ((0, 3), (3, 0)):
+        assert cpu.similarity(normal(rng, q, 8), normal(rng, n, 8)).shape == (q, n)
+
+
 PAIR_ISAS = [isa for isa in ISAS if isa in cpu.PAIRS]
 
 

@@ -53,6 +53,7 @@ BAD_CALLS = {
     ),
     "conv2d: activation": lambda: ops.conv2d(zeros(1, 4, 4, 3), zeros(2, 3, 3, 3), activation="x"),
     "avg_pool2d": lambda: ops.avg_pool2d(zeros(1, 4, 5, 3), 2),
+    "similarity": lambda: ops.similarity(zeros(2, 3), zeros(5, 4)),
 }
 
 

@@ -168,6 +168,20 @@ def test_l2_normalize():
     assert_close(reference.l2_normalize(x) * np.linalg.norm(x, axis=-1, keepdims=True), x)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_similarity(cosine):
+    queries, rows = randn(3, 5), randn(4, 5)
+    rows[2] = 0
+    lengths = [math.hypot(*row) or 1 for row in rows] if cosine else [1] * 4
+    expected = [[math.fsum(q * rows[i]) / lengths[i] for i in range(len(rows))] for q in queries]
+    assert_close(reference.similarity(queries, rows, cosine), expected)
+
+
+def test_similarity_widens_what_is_stored():
+    queries, rows = randn(3, 5), randn(4, 5).astype(np.float16)
+    assert_close(reference.similarity(queries, rows), queries @ rows.astype(float).T)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_op_keeps_its_dtype(dtype):
     x, w, b = randn(6, 12, dtype=dtype), randn(12, 12, dtype=dtype), randn(12, dtype=dtype)
@@ -183,6 +197,7 @@ def test_every_op_keeps_its_dtype(dtype):
         reference.conv2d(image, randn(2, 3, 3, 3, dtype=dtype), randn(2, dtype=dtype)),
         reference.avg_pool2d(image, 2),
         reference.l2_normalize(x),
+        reference.similarity(x, x.astype(np.float16), True),
         reference.embed_patches(x[:4], b, randn(3, 12, dtype=dtype), b, b),
         reference.embed_tokens(np.array([1]), np.array([0]), x, x),
     ]

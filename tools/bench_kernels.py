@@ -100,6 +100,8 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
     in_pairs, dtype = kernel.dtype == "bf16" and kernel.isa in cpu.PAIRS, DTYPES[kernel.dtype]
     for name in work.activations if in_pairs else ():
         arguments[name] = to_bfloat16(arguments[name])
+    for name in work.stored if kernel.dtype == "f16" else ():
+        arguments[name] = arguments[name].astype(np.float16)
     with mock.patch.object(cpu_library, "isas", lambda: (kernel.isa,)):
         if work.weight is not None:
             stored = work.weight.astype(np.float16) if kernel.dtype == "f16" else work.weight

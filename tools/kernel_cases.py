@@ -30,6 +30,7 @@ class Work:
     weight: NDArray[np.float32] | None = None  # what is packed for a kernel, if anything
     kernel_arguments: dict[str, Any] | None = None  # where they are others
     activations: tuple[str, ...] = ()  # arguments that come from another op, so may be bfloat16
+    stored: tuple[str, ...] = ()  # arguments that a kernel for float16 takes in float16
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ def add_layer_norm(n: int, d: int) -> Work:
 def l2_normalize(n: int, d: int) -> Work:
     """3 flop a value."""
     return Work(3 * n * d, {"x": normal(n, d)})
+
+
+def similarity(queries: int, n: int, d: int) -> Work:
+    """Dot products."""
+    arguments = {"queries": normal(queries, d), "rows": normal(n, d)}
+    return Work(2 * queries * n * d, arguments, stored=("rows",))
 
 
 def patchify(batch: int, resolution: int, patch: int) -> Work:
@@ -199,6 +206,9 @@ OPS = {
         (50, 768): B1, (1600, 768): B32, (257, 1024): "ViT-L/14, batch 1",
     }),
     "l2_normalize": Op("NxD", l2_normalize, {(1, 512): B1, (32, 512): B32}),
+    "similarity": Op("QxNxD", similarity, {
+        (1, 65536, 512): "a query, a block of rows", (16, 65536, 512): "16 queries",
+    }),
     "patchify": Op("BxRxP", patchify, {
         (1, 224, 32): B1, (32, 224, 32): B32, (1, 224, 14): "ViT-L/14, batch 1",
     }),
@@ -221,5 +231,5 @@ OPS = {
 }  # fmt: skip
 README_CASES = (
     f"{B1}, c_fc", f"{B32}, c_fc", f"{B1}, proj", B1, B32, "RN50, batch 1, layer1 conv2",
-    "RN50, batch 1, layer4 conv2", "RN50, batch 1, stem", "a photo",
+    "RN50, batch 1, layer4 conv2", "RN50, batch 1, stem", "a photo", "a query, a block of rows",
 )  # fmt: skip

@@ -27,7 +27,7 @@ for sanitizer in "${sanitizers[@]}"; do
     thread)
       runtime=libtsan.so files=(tests/test_kernels.py tests/test_threads.py)
       select="not fork and not gunicorn and not multiprocessing and (threads or bits or layer_norm or patchify
-        or avg_pool2d or (linear and 97) or (conv2d and 130) or ((attention or attention_pool) and 50-64))"
+        or avg_pool2d or (similarity and 333) or (linear and 97) or (conv2d and 130) or ((attention or attention_pool) and 50-64))"
       ;;
     *)
       runtime=libasan.so files=(tests/test_kernels.py tests/test_resize.py)

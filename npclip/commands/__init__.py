@@ -14,6 +14,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The options of npclip.load()."""
     parser.add_argument("--model", default="ViT-B/32", help=f"{MODEL} (default ViT-B/32)")
     add_activation(parser)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
     about = '"cpu", "cuda" or "cuda:N" (default a GPU if there is one)'
     parser.add_argument("--device", help=about)
 
