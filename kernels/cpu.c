@@ -99,7 +99,9 @@ static void *worker(void *start) {  // its number, and the generation of the job
 }
 
 static void after_fork_in_child(void) {
-    pool.workers = pool.sleeping = pool.gate = 0;
+    pool.sleeping = 0;
+    pool.workers = 0;
+    pool.gate = 0;
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -181,8 +183,9 @@ static int has_amx(void) {
 // Bits of what this machine and its operating system can run, in the order of npclip/cpu.py.
 EXPORT int npclip_isas(void) {
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d;
+    int f16c = __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;  // Clang knows no name for it
+    int avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
