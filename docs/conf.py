@@ -51,6 +51,7 @@ LINKS = {  # of the texts that are included, where the site has another place fo
     "docs/": "",
     "kernels/README.md": "kernels.md",
     "npclip/errors.py": "api/errors.rst",
+    "npclip/store/__init__.py": "api/collections.rst",
 }
 
 

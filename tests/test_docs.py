@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from npclip.config import Metadata
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
+WITH_MODEL = "classify", "embed", "eval", "search"
 BY_CI = ("pip", "pytest", "ruff", "mypy", "sphinx-build")  # .ci/run runs these in earnest
 
 
@@ -49,8 +51,17 @@ def folder(tmp_path, pictures, monkeypatch):
     monkeypatch.setenv("NPCLIP_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pictures, tmp_path / "tests" / "data")
-    for name in ("photo.jpg", "CLIP.png"):
+    for name in ("photo.jpg", "CLIP.png", "query.jpg"):
         shutil.copy(pictures / "chelsea.png", tmp_path / name)
+    for label, name in (("tabby_cat", "chelsea.png"), ("rocket", "rocket.jpg")):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            shutil.copy(pictures / name, tmp_path / "photos" / label / f"{i}-{name}")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as shard:
+        shard.add(pictures / "chelsea.png", "0.png")
+    (tmp_path / "captions.jsonl").write_text('{"text": "a cat"}\n{"text": "a rocket"}\n')
+    (tmp_path / "names.json").write_text('{"tabby_cat": ["tabby cat", "tabby"]}')
     return tmp_path
 
 
@@ -71,6 +82,8 @@ def test_programs(page, tiny, folder):
 
 @pytest.mark.parametrize("page", with_blocks("sh"), ids=str)
 def test_commands(page, tiny, folder):
+    if page.name == "searching.md":
+        run(["npclip", "embed", "photos", "-o", "collection"], tiny)
     for line in "\n".join(blocks(page, "sh")).splitlines():
         for command in line.split("&&"):
             run(shlex.split(command, comments=True), tiny)
@@ -88,8 +101,11 @@ def run(words, tiny):
         return
     assert words[0] == "npclip", f"a command that no test runs: {words}"
     arguments = [str(tiny) if word == "ViT-B/32" else word for word in words[1:]]
-    if arguments[0] == "classify" and "--model" not in arguments:
+    if arguments[0] in WITH_MODEL and "--model" not in arguments:
         arguments += ["--model", str(tiny)]
+    if {"--confusion", "--linear-probe"} & set(arguments):
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("sklearn")
     assert main(arguments) == 0, words
 
 
@@ -104,9 +120,10 @@ def test_every_extra_that_is_named_exists():
 
 def test_every_public_name_is_in_the_reference():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.rst"))
-    documented = re.findall(r"^\.\. auto\w+:: npclip\.(\w+)$", pages, re.M)
+    documented = re.findall(r"^\.\. auto(?:class|function):: npclip\.(\w+)$", pages, re.M)
     errors = {name for name in npclip.__all__ if name.endswith("Error")}
-    assert sorted(documented) == sorted(["errors", *set(npclip.__all__) - errors])
+    assert sorted(documented) == sorted(set(npclip.__all__) - errors)
+    assert ".. automodule:: npclip.errors\n" in pages
     assert errors <= set(vars(npclip.errors))
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import npclip
 from npclip import search
 from npclip.__main__ import main
+from npclip.bulk import embed
 from npclip.config import Metadata
 from npclip.errors import ImageError, InputError, ProvenanceError, StoreError
 from npclip.provenance import Provenance
@@ -234,6 +235,12 @@ def test_the_model_is_loaded_in_the_dtype_of_the_collection(tmp_path, path, phot
     model = npclip.load(path, "cpu", "bfloat16")
     with Reader(make_index(tmp_path / "index", model, photos)) as reader:
         assert search.load_model(reader, ["x"], path, "cpu").dtype == "bfloat16"
+
+
+def test_a_collection_that_was_decoded_fast_is_searched(capsys, tmp_path, path, photos):
+    embed(photos, tmp_path / "fast", npclip.load(path, "cpu"), fast_decode=True)
+    code, out, _ = command(capsys, tmp_path / "fast", photos / NAMES[0], "--model", path)
+    assert (code, out.splitlines()[0]) == (0, f"1.0000  {photos / NAMES[0]}")
 
 
 def command(capsys, *arguments):

@@ -146,7 +146,8 @@ def load_model(
         towers=tuple(sorted(towers)),
         activation=activation,
     )
-    model.provenance(theirs.normalized).check(theirs, os.fspath(reader.folder))
+    # a query that is an image is decoded at its full size, also where theirs were not
+    model.provenance(theirs.normalized, theirs.fast_decode).check(theirs, os.fspath(reader.folder))
     return model
 
 

@@ -1,12 +1,14 @@
 """A collection of embeddings on disk: a folder that is written once, resumed, and read by anything.
 
+::
+
     with Writer("photos", model.provenance(), "image") as writer:
         writer.append(["a.jpg"], ["/photos/a.jpg"], embeddings)  # [1, D]; now it cannot be lost
     with Reader("photos") as reader:
         for first, block in reader.blocks(65536):  # [n, D]
             ...
 
-The folder holds:
+The folder holds::
 
     collection.json        {"version": 1, "provenance": {...}, "kind": "image" or "text",
                            "dtype": "float16" or "float32", "format": "parquet" or "npy"}

@@ -45,8 +45,10 @@ class Writer:
     ) -> None:
         """Open the collection and take up what an earlier Writer left, killed or not.
 
-        provenance, kind ("image" or "text"), dtype ("float16" or "float32", of storage) and format
-            ("parquet" or "npy") must be those of the collection if it exists.
+        provenance: of the embeddings.
+        kind: "image" or "text".
+        dtype: "float16" or "float32", of storage.
+        format: "parquet" or "npy". These four must be those of the collection if it exists.
         shard_rows: rows of a shard; that many embeddings are written again when it is full.
 
         Raises ProvenanceError, InputError where the collection is of another kind, BackendError
