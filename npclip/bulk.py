@@ -1,6 +1,7 @@
 """Embed whole collections: threads read and decode ahead of the encoder, a store keeps the rows.
 
     open_sources -> Items -> threads: read, decode -> encoder, a batch at a time -> store.Writer
+                             an engine: here, or of ray/engine.py, in many processes
 
 A row that is on disk is never computed again, so a run that was killed goes on where it stopped.
 On the CPU an embedding does not depend on its batch: the result is that of an unbroken run, to the
@@ -16,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeAlias
 
@@ -26,6 +28,7 @@ from . import threads
 from .clip import CLIP, Float32, asnumpy
 from .errors import InputError, NpclipError
 from .preprocess import load_image
+from .provenance import Provenance
 from .sources import Item, Kind, open_sources
 from .store import Writer
 from .tokenizer import tokenize
@@ -58,7 +61,7 @@ class Options:
             raise InputError("fast_decode is for images")
         if self.truncate and self.kind != "text":
             raise InputError("truncate is for texts")
-        _at_least_1("max_pixels", self.max_pixels)
+        at_least_1(max_pixels=self.max_pixels)
 
 
 @dataclass
@@ -83,6 +86,9 @@ class Embedded:
     items: list[Item]
     embeddings: Float32  # [len(items), D]
     failed: list[tuple[Item, str]]  # with the reason
+
+
+Engine: TypeAlias = "Callable[[Iterator[Item]], Generator[Embedded, None, None]]"
 
 
 def embed(
@@ -122,18 +128,41 @@ def embed(
     be written, and what the model raises; all rows written till then are kept.
     """
     options = Options(kind, normalize, max_pixels, fast_decode, truncate)
-    _at_least_1("batch", batch)
-    _at_least_1("workers", workers)
-    size = batch or BATCH[kind][model.device.partition(":")[0]]
-    items = open_sources(_strings(sources), options.kind, column=column, id_column=id_column)
+    at_least_1(batch=batch, workers=workers)
+    return collect(
+        open_sources(paths(sources), kind, column=column, id_column=id_column),
+        out,
+        partial(embedded, model=model, options=options, batch=batch, workers=workers),
+        model.provenance(normalize, fast_decode),
+        kind,
+        dtype=dtype,
+        format=format,
+        on_progress=on_progress,
+    )
+
+
+def collect(
+    items: Iterator[Item],
+    out: str | os.PathLike[str],
+    engine: Engine,
+    provenance: Provenance,
+    kind: Kind,
+    *,
+    dtype: str,
+    format: str,
+    on_progress: Callable[[Report], None] | None,
+) -> Report:
+    """What the engine makes of the items that the collection out does not have.
+
+    provenance: of the embeddings. Raises what embed() does, and what the engine raises.
+    """
     first = list(islice(items, 1))  # raises where there is none, and nothing is written
     report, start = Report(), time.monotonic()
-    provenance = model.provenance(normalize, fast_decode)
     with Writer(out, provenance, kind, dtype=dtype, format=format) as writer:
         fresh = not_yet_embedded(chain(first, items), writer, report)
-        with closing(decoded(fresh, model, options, workers, ahead=size)) as outcomes:
-            while some := list(islice(outcomes, size)):
-                save(encoded(some, model, options), writer, report)
+        with closing(engine(fresh)) as done:
+            for some in done:
+                save(some, writer, report)
                 report.seconds = time.monotonic() - start
                 if on_progress:
                     on_progress(report)
@@ -148,6 +177,20 @@ def not_yet_embedded(items: Iterable[Item], writer: Writer, report: Report) -> I
             report.skipped += 1
         else:
             yield item
+
+
+def embedded(
+    items: Iterator[Item],
+    model: CLIP,
+    options: Options,
+    batch: int | None = None,
+    workers: int | None = None,
+) -> Generator[Embedded, None, None]:
+    """The engine of this process: batch by batch, in order, decoded by threads ahead."""
+    size = batch or default_batch(options.kind, model.device)
+    with closing(decoded(items, model, options, workers, ahead=size)) as outcomes:
+        while some := list(islice(outcomes, size)):
+            yield encoded(some, model, options)
 
 
 def decoded(
@@ -214,11 +257,28 @@ def _input(item: Item, model: CLIP, options: Options) -> Input | NpclipError:
         return error
 
 
-def _at_least_1(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"{name} must be at least 1, not {value}")
+def default_batch(kind: Kind, device: str) -> int:
+    """Items a call of the encoder."""
+    return BATCH[kind][device.partition(":")[0]]
 
 
-def _strings(sources: Any) -> list[str]:
+def at_least_1(**values: int | None) -> None:
+    """Raises InputError, by its name, for a number below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def paths(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """As str, be it one or several."""
     many = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     return [os.fspath(source) for source in many]
+
+
+def let_pillow_open(max_pixels: int | None) -> None:
+    """Images of up to max_pixels in this process, also where Pillow's own limit is lower."""
+    import PIL.Image
+
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None and limit is not None:
+        PIL.Image.MAX_IMAGE_PIXELS = max(max_pixels, limit)

@@ -14,7 +14,7 @@ PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
     "__main__", "commands", "search.gallery", "search.faiss_export", "search", "evaluation",
     "evaluation.confusion_picture", "evaluation.probe", "evaluation.zero_shot",
-    "evaluation.image_folder", "bulk",
+    "evaluation.image_folder", "ray", "ray.engine", "ray.groups", "bulk",
     "sources", "sources.walk", "sources.parquet", "sources.tars", "sources.texts",
     "sources.items", "store", "store.writer", "store.reader", "store.shards", "store.journal",
     "store.failures", "store.ids", "store.collection", "info", "convert", "__init__", "embedder",

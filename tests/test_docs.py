@@ -74,9 +74,12 @@ def with_blocks(language):
     return [page for page in PAGES if blocks(page, language)]
 
 
+@pytest.mark.filterwarnings("ignore:::ray")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=str)
 def test_programs(page, tiny, folder):
     program = "\n".join(blocks(page, "python"))
+    if "import ray" in program:
+        pytest.importorskip("ray")
     exec(compile(program.replace("ViT-B/32", tiny.as_posix()), str(page), "exec"), {})
 
 
@@ -103,6 +106,10 @@ def run(words, tiny):
     arguments = [str(tiny) if word == "ViT-B/32" else word for word in words[1:]]
     if arguments[0] in WITH_MODEL and "--model" not in arguments:
         arguments += ["--model", str(tiny)]
+    if "ray" in arguments:
+        pytest.importorskip("ray")
+    if "--address" in arguments:  # of a cluster, which there is not
+        return
     if {"--confusion", "--linear-probe"} & set(arguments):
         pytest.importorskip("matplotlib")
         pytest.importorskip("sklearn")

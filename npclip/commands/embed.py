@@ -10,10 +10,10 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
-from ..bulk import Report, embed
+from ..bulk import Report, embed, let_pillow_open
 from ..clip import load
 from ..errors import NpclipError
 from ..sources import Kind, open_sources
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "leave embeddings as the model gives them, not of length 1"
     parser.add_argument("--no-normalize", dest="normalize", action="store_false", help=about)
     parser.add_argument("--batch", type=int, metavar="N", help="items a call of the encoder")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that read and decode")
+    about = "threads that read and decode; with Ray, processes with a model each"
+    parser.add_argument("--workers", type=int, metavar="N", help=about)
     parser.add_argument("--column", help="of Parquet, CSV and JSONL (default: found by its name)")
     parser.add_argument("--id-column", help="of Parquet: the ids (default: file and row number)")
     parser.add_argument(
@@ -50,21 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "decode large JPEGs at a reduced size: not quite openai/CLIP's embeddings"
     parser.add_argument("--fast-decode", action="store_true", help=about)
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long")
+    about = "local: this process; ray: many, on one machine or many (default local)"
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=about)
+    about = 'of a Ray cluster, such as "auto" (default: one of this machine, for this run)'
+    parser.add_argument("--address", help=about)
+    parser.add_argument("--cpus-per-worker", type=int, metavar="N", help="with Ray: its threads")
 
 
 def run(args: argparse.Namespace) -> str:
     """What was done; progress goes to stderr."""
     kind: Kind = "text" if args.text else "image"
-    if args.max_pixels is not None:
-        _let_pillow_open(args.max_pixels)
-    model = load(args.model, args.device, args.dtype, towers=(kind,), activation=args.activation)
+    if args.engine == "local" and (args.address or args.cpus_per_worker):
+        args.usage_error("--address and --cpus-per-worker are for --engine ray")
+    let_pillow_open(args.max_pixels)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that can be read none the less
     progress = _Progress(args.sources, kind, sys.stderr.isatty())
+    engine = _by_ray if args.engine == "ray" else _here
     try:
-        report = embed(
-            args.sources,
-            args.out,
-            model,
+        report = engine(
+            args,
             kind,
             dtype=args.store,
             format=args.format,
@@ -84,6 +89,29 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.out}: {_line(report)}{failed}"
 
 
+def _here(args: argparse.Namespace, kind: Kind, **options: Any) -> Report:
+    model = load(args.model, args.device, args.dtype, towers=(kind,), activation=args.activation)
+    return embed(args.sources, args.out, model, kind, **options)
+
+
+def _by_ray(args: argparse.Namespace, kind: Kind, **options: Any) -> Report:
+    from ..ray import engine as ray_engine
+
+    with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
+        return ray_engine.embed(
+            args.sources,
+            args.out,
+            args.model,
+            kind,
+            address=args.address,
+            cpus_per_worker=args.cpus_per_worker,
+            device=args.device,
+            model_dtype=args.dtype,
+            activation=args.activation,
+            **options,
+        )
+
+
 def _line(report: Report) -> str:
     rate = report.embedded / report.seconds if report.seconds else 0.0
     parts = [f"{report.embedded} embedded in {report.seconds:.1f} s, {rate:.1f} a second"]
@@ -92,13 +120,6 @@ def _line(report: Report) -> str:
     if report.failed:
         parts.append(f"{report.failed} failed")
     return ", ".join(parts)
-
-
-def _let_pillow_open(pixels: int) -> None:
-    import PIL.Image
-
-    limit = PIL.Image.MAX_IMAGE_PIXELS
-    PIL.Image.MAX_IMAGE_PIXELS = max(pixels, limit) if limit else None
 
 
 class _Progress:
