@@ -77,7 +77,7 @@ def expand(markdown: str) -> str:
 
     def include(line: re.Match[str]) -> str:
         text = section(*line.groups())
-        text = re.sub(r"\[([^]]+)\]\(tests/[^)]*\)", r"\1", text)  # not in the site
+        text = re.sub(r"\[([^]]+)\]\((tests|examples)/[^)]*\)", r"\1", text)  # not in the site
         for ours, there in LINKS.items():
             text = text.replace(f"]({ours}", f"]({there}")
         return text

@@ -75,6 +75,14 @@ class Embedder:
                 self._dimension = open_model(self.model, *source)[1].embed_dim
             return self._dimension
 
+    def preprocess(self, image: Any) -> Float32:
+        """float32 [3, R, R] of one image, as the model takes it, which embed_images takes, too.
+
+        For who decodes ahead, in threads of their own. image: as CLIP.preprocess takes it. Raises
+        what that raises, and what npclip.load() does at the first call.
+        """
+        return self._tower("image").preprocess(image)
+
     def embed_images(self, images: Any) -> Float32:
         """float32 [B, dimension]; of one image [dimension].
 

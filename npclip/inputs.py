@@ -89,8 +89,8 @@ def gpu_of(x: Any) -> int | None:
 
 
 def _is_pil(x: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # not imported: no image of it exists
-    return module is not None and isinstance(x, module.Image)
+    module = sys.modules.get("PIL.Image")  # not imported, or only just: no image of it exists
+    return isinstance(x, getattr(module, "Image", ()))
 
 
 def _is_image(x: Any) -> bool:

@@ -234,6 +234,8 @@ def _open(
     except Exception as error:  # Pillow's plugins raise anything on a corrupt file
         raise ImageError(f"{name}: {_reason(error)}") from error
     with image:  # closes the file, keeps the pixels
+        if image.format == "EPS":
+            raise ImageError(f"{name}: EPS is a program, which Pillow has Ghostscript run")
         if max_pixels is not None and image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height}"
             raise ImageError(f"{name}: {size} pixels are more than {max_pixels}")

@@ -61,8 +61,9 @@ class MappedFile:
                 if file.seek(0, 2) == 0:
                     raise CheckpointError("the file is empty")
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
+        except (OSError, UnicodeError) as error:  # a shard's name may have lone surrogates
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"cannot be read: {reason}") from error
 
     def __len__(self) -> int:
         """Bytes in the file."""

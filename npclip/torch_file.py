@@ -108,8 +108,8 @@ class _Archive:
         except Exception as error:  # zipfile raises half a dozen types for damaged directories
             raise CheckpointError(f"damaged or truncated ZIP archive: {error}") from error
         infos.sort(key=lambda info: info.header_offset)
-        ends = [info.header_offset for info in infos[1:]] + [end]
-        self.infos = {i.filename: (i, e) for i, e in zip(infos, ends, strict=True)}
+        ends = [info.header_offset for info in infos[1:]] + [end]  # one, too, where infos is empty
+        self.infos = {i.filename: (i, e) for i, e in zip(infos, ends, strict=False)}
         if len(self.infos) != len(infos):
             raise CheckpointError("two entries of the ZIP archive have the same name")
         # torch.serialization.set_crc32_options(False) writes 0 for every entry.

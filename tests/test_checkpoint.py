@@ -492,6 +492,12 @@ def test_shards_overlap(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_index_of_a_name_that_no_file_has(tmp_path):
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "\ud800"}})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, []])
 def test_index_errors(tmp_path, index):
     write_json(tmp_path / "model.safetensors.index.json", index)

@@ -3,7 +3,9 @@
 import dataclasses
 import multiprocessing
 import pickle
+import sys
 import threading
+import types
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +59,23 @@ def test_embeddings_are_the_models(path, normalize, dtype):
     np.testing.assert_array_equal(one.embed_texts(iter(TEXTS)), wanted)
     np.testing.assert_array_equal(one.embed_texts(TEXTS[0]), wanted[0])
     assert one.provenance() == model.provenance(normalize)
+
+
+def test_pixels_ahead(path):
+    one, picture = npclip.Embedder(path, device="cpu"), PICTURE.read_bytes()
+    pixels = one.preprocess(picture)
+    side = tiny_models.VIT.image_resolution
+    assert (pixels.dtype, pixels.shape) == (np.float32, (3, side, side))
+    np.testing.assert_array_equal(one.embed_images(pixels), one.embed_images(picture))
+    with pytest.raises(npclip.ImageError):
+        one.preprocess(b"none")
+
+
+def test_another_thread_is_importing_pillow(path, monkeypatch):
+    one = npclip.Embedder(path, device="cpu")
+    wanted, pixels = one.embed_images(PICTURE), one.preprocess(PICTURE)
+    monkeypatch.setitem(sys.modules, "PIL.Image", types.ModuleType("PIL.Image"))  # has no Image yet
+    np.testing.assert_array_equal(one.embed_images(pixels), wanted)
 
 
 def test_only_what_is_needed_is_loaded(path, loads):

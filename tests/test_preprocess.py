@@ -279,6 +279,16 @@ def test_not_an_image(data, tmp_path):
         load_image(path)
 
 
+def test_no_program_is_started_for_an_image(monkeypatch, tmp_path):
+    """Pillow has Ghostscript run the program that an EPS file is."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program"))
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(encoded(noise("RGB", 20, 20), "EPS"))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match="EPS is a program"):
+            load_image(source)
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_truncated_files(file_format, tmp_path):
     data = encoded(noise("RGB", 60, 60), file_format)

@@ -160,6 +160,8 @@ def test_lists_name_sources_from_the_working_directory():
     found = reads(["@lists/list.txt"], "image")
     assert list(found) == ["photos/a.jpg", "photos/b.jpg", "missing.jpg", "c d.jpg", "@none"]
     assert str(found["missing.jpg"]) == str(found["@none"]) == os.strerror(errno.ENOENT)
+    write("list", b"**x\n**x\n")  # a pattern that pathlib refuses, or matches nothing
+    assert ids(["@list"]) == ["**x"]
     write("@lists", JPEG)
     assert ids(["@lists"]) == ["@lists"]  # a file of that very name
 

@@ -390,6 +390,12 @@ def test_other_archives(tmp_path, names):
         open_bytes(tmp_path, zip_bytes(dict.fromkeys(names, b"x")))
 
 
+def test_an_empty_directory(tmp_path):
+    entry, directory = zip_bytes({"m/data.pkl": b"x"}), zip_bytes({})
+    with pytest.raises(CheckpointError, match=r"it has no <name>/data\.pkl"):
+        open_bytes(tmp_path, entry[:41] + directory)  # the entry alone, then no record of it
+
+
 def test_the_same_name_twice(tmp_path):
     data = plain()
     evil = data.replace(b"model/data/1", b"model/data/0")

@@ -177,7 +177,9 @@ def read_row(path: str, column: str | None, row: int) -> bytes:
                 count = file.metadata.row_group(group).num_rows
                 if first <= row < first + count:
                     rows = _values(file, range(group, group + 1), name, None)
-                    value = next(value for i, (value, _) in enumerate(rows, first) if i == row)
+                    values = (value for i, (value, _) in enumerate(rows, first) if i == row)
+                    if (value := next(values, rows)) is rows:
+                        raise ImageError(f"{path} has fewer rows than its footer says")
                     found = _item("", "", value, "image").read()
                     assert isinstance(found, bytes)
                     return found

@@ -139,7 +139,9 @@ class Walk:
         try:
             found = matches(source) if is_pattern and not os.path.lexists(source) else []
         except InputError as error:
-            yield failed_item(file_id(source), source, self.options.kind, reason_of(error))
+            if (id := file_id(source)) not in self._given:
+                self._given.add(id)
+                yield failed_item(id, source, self.options.kind, reason_of(error))
         else:
             yield from self.matched(found) if found else self.source(source)
 

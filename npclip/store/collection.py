@@ -18,6 +18,7 @@ from ..whole_file import replacing
 
 FILE = "collection.json"
 VERSION = 1  # of the format
+MAX_DIMENSION = 1 << 20  # of embeddings in collection.json; CLIP's have about a thousand
 CHOICES = {
     "kind": ("image", "text"),
     "dtype": ("float16", "float32"),
@@ -76,9 +77,9 @@ class Collection:
                 )
             provenance = Provenance.from_dict(values["provenance"])
             found = cls(provenance, *(values[name] for name in CHOICES))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{where}: not of a collection of embeddings: {error!r}") from error
-        if found.dimension < 1:
+        if not 1 <= found.dimension <= MAX_DIMENSION:
             raise StoreError(f"{where}: embeddings of length {found.dimension}")
         return found
 

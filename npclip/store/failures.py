@@ -84,5 +84,5 @@ def _hash(line: bytes) -> bytes | None:
     try:
         id = json.loads(line)["id"]
         return hash_of(id) if line.endswith(b"\n") else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

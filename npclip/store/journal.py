@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import StoreError
 from ..whole_file import sync_folder
 
 DIGEST = 16
@@ -43,11 +44,24 @@ class Record:
 
 
 def records(path: Path, dtype: np.dtype[Any], dimension: int) -> Iterator[Record]:
-    """The whole ones; none where there is no file. Raises OSError."""
+    """The whole ones; none where there is no file.
+
+    Raises OSError, and StoreError for one that is whole and nothing that append() writes.
+    """
     with suppress(FileNotFoundError), open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         while (record := _read(stream, size, dtype, dimension)) is not None:
+            if not all(_are_names(n, len(record.embeddings)) for n in (record.ids, record.paths)):
+                raise StoreError(f"{path}: broken, before byte {record.end}")
             yield record
+
+
+def _are_names(names: Any, count: int) -> bool:
+    try:
+        "".join(names).encode()  # raises TypeError for what is no str, ValueError for surrogates
+    except (TypeError, ValueError):
+        return False
+    return isinstance(names, list) and len(names) == count
 
 
 def _read(stream: Any, size: int, dtype: np.dtype[Any], dimension: int) -> Record | None:
@@ -61,7 +75,10 @@ def _read(stream: Any, size: int, dtype: np.dtype[Any], dimension: int) -> Recor
     content = stream.read(length_of_all)
     if _digest(sizes, content) != digest:
         return None
-    ids, paths = json.loads(content[:length])
+    try:
+        ids, paths = json.loads(content[:length])
+    except (ValueError, TypeError, RecursionError):
+        ids = paths = None
     embeddings = np.frombuffer(content, dtype, offset=length).reshape(rows, dimension)
     return Record(ids, paths, embeddings, stream.tell())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +22,10 @@ Names: TypeAlias = "tuple[str, str]"  # id and path, escaped
 
 GROUP = 8192  # rows of a row group: what is read for the names of one row
 NAMES = 65536  # ids in memory at a time
-BROKEN = (ValueError, KeyError, TypeError, AttributeError, EOFError)
+BROKEN: tuple[type[Exception], ...] = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),  # of .npy headers, which are Python literals
+)
 METADATA = b"npclip"  # key of the schema's metadata
 
 
