@@ -239,13 +239,13 @@ def _open(
         if max_pixels is not None and image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height}"
             raise ImageError(f"{name}: {size} pixels are more than {max_pixels}")
+        return _decode(image, name, reduce_to)
+
+
+def _decode(image: Image, name: str, reduce_to: int | None = None) -> Image:
+    try:
         if reduce_to is not None:
             image.draft(None, (reduce_to, reduce_to))
-        return _decode(image, name)
-
-
-def _decode(image: Image, name: str) -> Image:
-    try:
         image.load()
     except Exception as error:  # likewise
         raise ImageError(f"{name}: {_reason(error)}") from error
