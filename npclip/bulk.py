@@ -236,14 +236,19 @@ def encoded(outcomes: Iterable[Outcome], model: CLIP, options: Options) -> Embed
 def save(some: Embedded, writer: Writer, report: Report) -> None:
     """Write what became of some items, each id once."""
     rows = {item.id: i for i, item in reversed(list(enumerate(some.items)))}
-    kept = sorted(i for id, i in rows.items() if id not in writer)
+    new = sorted(i for id, i in rows.items() if id not in writer)
+    with np.errstate(over="ignore"):  # to infinity
+        is_finite = np.isfinite(some.embeddings.astype(writer.dtype)).all(1)
+    kept, broken = ([i for i in new if is_finite[i] == wanted] for wanted in (True, False))
     items = [some.items[i] for i in kept]
     writer.append([x.id for x in items], [x.path for x in items], some.embeddings[kept])
-    for item, reason in some.failed:
+    reason = f"its embedding is not finite in {writer.dtype}"
+    failed = [*some.failed, *((some.items[i], reason) for i in broken)]
+    for item, reason in failed:
         writer.fail(item.id, item.path, reason)
     report.embedded += len(kept)
-    report.skipped += len(some.items) - len(kept)
-    report.failed += len(some.failed)
+    report.skipped += len(some.items) - len(new)
+    report.failed += len(failed)
 
 
 def _input(item: Item, model: CLIP, options: Options) -> Input | NpclipError:

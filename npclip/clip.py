@@ -102,7 +102,7 @@ def load_opened(
         params = load_parameters(checkpoint, config, towers, ops.keeps_float16(device))
         params = ops.prepare(params, dtype, checkpoint.release, device)
     name = name if name in hub.MODELS else checkpoint.path.name
-    origin = Origin(name, tuple(file.path for file in checkpoint.files))
+    origin = Origin.of(name, (file.path for file in checkpoint.files))
     return CLIP(config, checkpoint.metadata, params, device, dtype, origin)
 
 
@@ -202,7 +202,7 @@ class CLIP:
         """The SHA-256 of the checkpoint file; of a converted one, that of its source.
 
         The file is read for it, at the first call. Raises InputError for a model that was not
-        loaded from a file.
+        loaded from a file, CheckpointError where the file has changed since.
         """
         if self._origin is None:
             raise InputError("this model was not loaded from a file")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import sha256
 from .config import Metadata
-from .errors import ProvenanceError
+from .errors import CheckpointError, ProvenanceError
 
 CALLED = {  # in the sentences of differences()
     "weights_sha256": "SHA-256 of the weights",
@@ -76,13 +77,33 @@ class Origin:
     """Where a model came from."""
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # absolute
+    stamps: tuple[tuple[int, int], ...]  # their sizes and times of change, when they were read
+
+    @classmethod
+    def of(cls, name: str, paths: Iterable[Path]) -> Origin:
+        """Of files that have just been read."""
+        files = tuple(Path(os.path.abspath(path)) for path in paths)
+        return cls(name, files, _stamps(files))
 
     def weights_sha256(self, metadata: Metadata) -> str:
-        """Of the checkpoint's files, one after the other; of a converted one, its source's."""
+        """Of the checkpoint's files, one after the other; of a converted one, its source's.
+
+        Raises CheckpointError where they have changed since.
+        """
         if metadata.source_sha256:
             return metadata.source_sha256
-        return sha256(self.files)
+        try:
+            if _stamps(self.files) == self.stamps:
+                return sha256(self.files)
+        except OSError as error:
+            raise CheckpointError(f"{self.files[0]}: {error.strerror}") from error
+        raise CheckpointError(f"{self.files[0]} has changed since it was loaded")
+
+
+def _stamps(files: Iterable[Path]) -> tuple[tuple[int, int], ...]:
+    found = (file.stat() for file in files)
+    return tuple((status.st_size, status.st_mtime_ns) for status in found)
 
 
 def preprocessing(resolution: int, metadata: Metadata, fast_decode: bool = False) -> str:

@@ -1,6 +1,5 @@
 """Whole collections: every row once, bit for bit, whatever happens on the way."""
 
-import dataclasses
 import json
 import os
 import random
@@ -17,14 +16,12 @@ import pytest
 import tiny_models
 from hostile_files import write_hostile_folder
 from PIL import Image
-from random_checkpoint import random_tensors
-from safetensors.numpy import save_file
 
 import npclip
 from npclip import bulk
 from npclip.__main__ import main
 from npclip.bulk import embed
-from npclip.config import Metadata
+from npclip.commands import embed as commands_embed
 from npclip.store import Reader
 
 EVERYTHING = bool(os.environ.get("NPCLIP_TEST_EVERYTHING"))
@@ -33,10 +30,7 @@ PICTURES, KILLS = (5000, 20) if EVERYTHING else (400, 5)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "words.safetensors"
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
-    return path
+    return tiny_models.save_words(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +121,21 @@ def test_a_collection_inside_its_source_is_no_source(model, tmp_path, out):
         for again in range(3):
             report = embed(source, source / out, model, "text", format=format)
             assert (report.embedded, report.failed) == (not again, 1)
+
+
+def test_an_embedding_that_cannot_be_stored_is_one_failure(photos, model, tmp_path, monkeypatch):
+    some, encode = sorted(photos.iterdir())[:5], npclip.CLIP.encode_image
+
+    def huge(self, x, normalize):
+        embeddings = encode(self, x, normalize)
+        embeddings[2] = 1e5  # beyond float16
+        return embeddings
+
+    monkeypatch.setattr(npclip.CLIP, "encode_image", huge)
+    report = embed(some, tmp_path / "out", model)
+    assert (report.embedded, report.failed) == (4, 1)
+    assert failures(tmp_path / "out") == {str(some[2]): "its embedding is not finite in float16"}
+    assert contents(tmp_path / "out").keys() == {str(path) for path in some} - {str(some[2])}
 
 
 def test_what_comes_twice_is_embedded_once(photos, model, tmp_path):
@@ -279,6 +288,38 @@ def test_the_bar_of_a_terminal(photos, checkpoint, tmp_path):
         while piece := os.read(terminal, 1 << 16).decode():
             shown += piece
     assert f"{PICTURES}/{PICTURES}" in shown and "items/s" in shown
+
+
+def test_lines_where_there_is_no_terminal(photos, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands_embed, "LINES_EVERY", 0.0)
+    arguments = ["embed", str(photos), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
+    assert main([*arguments, "--device", "cpu", "--batch", "100"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(100, PICTURES + 1, 100))
+
+
+def test_the_bar_takes_nothing_from_standard_input(photos, checkpoint, tmp_path):
+    """It counts the sources in a thread, which a list with "-" in it must not be read by."""
+    (tmp_path / "list").write_text("-\n")
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    terminal, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "npclip", "embed", "@list", "-o", "out", "--device", "cpu"]
+    paths = "\n".join(map(str, sorted(photos.iterdir())[:30]))
+    run = subprocess.run(
+        [*command, "--model", checkpoint],
+        cwd=tmp_path, input=paths.encode(), stderr=other_end, timeout=60,
+    )  # fmt: skip
+    os.close(other_end)
+    os.close(terminal)
+    assert run.returncode == 0
+    assert len(contents(tmp_path / "out")) == 30
+
+
+def test_a_source_that_is_not_there_is_said_before_a_model_is_read(capsys, tmp_path):
+    assert main(["embed", str(tmp_path / "typo"), "-o", str(tmp_path / "out")]) == 1
+    assert "typo: no such file" in capsys.readouterr().err
+    assert main(["embed", "", "-o", str(tmp_path / "out")]) == 1
 
 
 def test_texts_from_stdin(model, checkpoint, tmp_path):

@@ -1,6 +1,5 @@
 """Embedder against the model that it is made of."""
 
-import dataclasses
 import multiprocessing
 import pickle
 import sys
@@ -12,12 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from random_checkpoint import random_tensors
-from safetensors.numpy import save_file
 
 import npclip
 from npclip import embedder
-from npclip.config import Metadata
 
 PICTURE = Path(__file__).parent / "data" / "chelsea.png"
 TEXTS = ["a cat", "a dog on a lawn"]
@@ -25,10 +21,7 @@ TEXTS = ["a cat", "a dog on a lawn"]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "words.safetensors"
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
-    return path
+    return tiny_models.save_words(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -13,12 +13,9 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from random_checkpoint import random_tensors
-from safetensors.numpy import save_file
 
 import npclip
 from npclip.__main__ import main
-from npclip.config import Metadata
 from npclip.errors import BackendError, ImageError, InputError, InputTypeError
 from npclip.evaluation import zero_shot as module
 from npclip.evaluation.confusion_picture import _label, check_picture, write_picture
@@ -31,10 +28,7 @@ TEMPLATES = ["a photo of a {}.", "{}"]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "words.safetensors"
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
-    return path
+    return tiny_models.save_words(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The linear probe against scikit-learn, called by hand as openai/CLIP's README does."""
 
-import dataclasses
 import json
 import re
 import sys
@@ -11,13 +10,10 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
-from random_checkpoint import random_tensors
-from safetensors.numpy import save_file
 from test_evaluate import fill
 
 import npclip
 from npclip.__main__ import main
-from npclip.config import Metadata
 from npclip.errors import BackendError, InputError
 from npclip.evaluation import probe as module
 from npclip.evaluation.probe import hold_out, linear_probe, search
@@ -182,10 +178,7 @@ def test_without_scikit_learn(monkeypatch):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
-    return path
+    return tiny_models.save_words(tmp_path_factory.mktemp("model"))
 
 
 def features(path, root):

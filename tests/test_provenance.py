@@ -48,6 +48,23 @@ def test_a_converted_checkpoint_is_its_source(path, tmp_path):
     one.check(other, "a collection")
 
 
+def test_a_relative_path_is_where_it_was(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = npclip.load(path.name, device="cpu")
+    monkeypatch.chdir("/")
+    assert model.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_has_changed_since(path):
+    model, other = npclip.load(path, device="cpu"), npclip.load(path, device="cpu")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(npclip.CheckpointError, match="has changed since it was loaded"):
+        model.provenance()
+    path.unlink()
+    with pytest.raises(npclip.CheckpointError, match="No such file"):
+        other.provenance()
+
+
 def test_a_model_that_is_no_file():
     loaded = npclip.CLIP(tiny_models.VIT, Metadata(activation="gelu"), {})
     with pytest.raises(npclip.InputError, match="not loaded from a file"):

@@ -24,7 +24,7 @@ from npclip.store import Reader, Writer
 
 SMALL = Provenance("ViT-B/32", "0" * 64, "float32", "as ever", True, 4, "0.1.0")
 NAMES = ["rot.png", "grün.png", "blau.png", "<b>&\"'.png", "a b.png"]
-WORDS = replace(tiny_models.VIT, vocab_size=49408, context_length=77)  # knows every text
+WORDS = tiny_models.WORDS
 
 
 @dataclass

@@ -25,6 +25,7 @@ from npclip.sources import items as source_items
 from npclip.sources import open_sources, read_path
 from npclip.sources import texts as source_texts
 from npclip.sources import walk as source_walk
+from npclip.sources.texts import text_hash
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 PNG = b"\x89PNG\r\n\x1a\n another"
@@ -113,8 +114,14 @@ def test_a_named_file_is_an_item_whatever_it_is():
 
 def test_ids_are_normalised_and_paths_are_as_given():
     write("photos/a.jpg")
-    (item,) = open_sources(["./photos/../photos/a.jpg"], "image")
-    assert (item.id, item.path) == ("photos/a.jpg", "./photos/../photos/a.jpg")
+    (item,) = open_sources(["./photos//./a.jpg"], "image")
+    assert (item.id, item.path) == ("photos/a.jpg", "./photos//./a.jpg")
+    os.makedirs("elsewhere/deep"), write("elsewhere/a.jpg", PNG)
+    os.symlink("elsewhere/deep", "link")  # where ".." is not the folder that it seems to be
+    assert reads(["link/../a.jpg", "photos/a.jpg"], "image") == {
+        "link/../a.jpg": PNG,
+        "photos/a.jpg": JPEG,
+    }
 
 
 @pytest.mark.parametrize(
@@ -197,10 +204,12 @@ def test_paths_on_standard_input_are_no_patterns(monkeypatch):
 def test_texts_on_standard_input(monkeypatch):
     stdin(monkeypatch, b"a cat\n\na dog\xff\nlast")
     found = reads(["-"])
-    assert found.pop("-::3").args == ("not UTF-8",)
-    assert found == {"-::1": "a cat", "-::4": "last"}
+    assert str(found.pop(f"-::3::{text_hash(chr(97) + ' dog' + chr(0xDCFF))}")) == "not UTF-8"
+    assert found == {f"-::1::{text_hash('a cat')}": "a cat", f"-::4::{text_hash('last')}": "last"}
     stdin(monkeypatch, b"two\nlines\0one")
-    assert reads(["-"]) == {"-::1": "two\nlines", "-::2": "one"}
+    assert list(reads(["-"]).values()) == ["two\nlines", "one"]
+    stdin(monkeypatch, b"a dog")  # in the place of the cat, and not taken for it
+    assert list(reads(["-"])) == [f"-::1::{text_hash('a dog')}"]
 
 
 def test_closed_standard_input(monkeypatch):
@@ -544,6 +553,8 @@ def test_parquet():
     assert [str(error) for error in list(found.values())[2:]] == ["no image in the row", "empty"]
     keyed = list(open_sources(["p.parquet"], "image", id_column="key"))
     assert [item.id for item in keyed] == ["a", "b", "b#2", "p.parquet::3"]
+    with pytest.raises(ImageError, match="'b' was given before"):
+        keyed[2].read()
     assert read_path(keyed[1].path) == PNG
     with pytest.raises(ImageError, match="no image in the row"):
         read_path("p.parquet::2")

@@ -1,6 +1,5 @@
 """ZeroShot against the same in a few plain lines."""
 
-import dataclasses
 import threading
 
 import numpy as np
@@ -163,10 +162,7 @@ def test_images_without_end(model, images, monkeypatch):
 def test_the_text_tower_itself(tmp_path, monkeypatch, images):
     """One template is CLIP.classify."""
     monkeypatch.setenv("NPCLIP_CACHE", str(tmp_path / "cache"))
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    file = tmp_path / "words.safetensors"
-    save_file(random_tensors(config), file, Metadata(activation="gelu").to_strings())
-    words = npclip.load(file, device="cpu")
+    words = npclip.load(tiny_models.save_words(tmp_path), device="cpu")
     names = ["cat", "dog", "a {brace}"]
     for _ in range(2):  # from the tower, and from the cache
         found = npclip.ZeroShot(words, names, ["a photo of a {}."])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
+from random_checkpoint import random_tensors
+from safetensors.numpy import save_file
 
-from npclip.config import Config, tensor_shapes
+from npclip.config import Config, Metadata, tensor_shapes
 
 VIT = Config(
     embed_dim=16,
@@ -38,6 +42,7 @@ RESNET = Config(
     transformer_layers=1,
     transformer_mlp=256,
 )
+WORDS = dataclasses.replace(VIT, context_length=77, vocab_size=49408)
 
 
 def weights(
@@ -46,6 +51,13 @@ def weights(
     rng = np.random.default_rng(0)
     shapes = tensor_shapes(config, towers)
     return {name: np.asarray(rng.normal(size=s)).astype(dtype) for name, s in shapes.items()}
+
+
+def save_words(folder: Path) -> Path:
+    """A checkpoint of VIT with random weights that knows every text."""
+    path = folder / "words.safetensors"
+    save_file(random_tensors(WORDS), path, Metadata(activation="gelu").to_strings())
+    return path
 
 
 def to_hugging_face(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

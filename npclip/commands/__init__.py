@@ -23,6 +23,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help=about)
 
 
+def printable(text: str) -> str:
+    """Without what would move a terminal's cursor, or give it commands."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def add_activation(parser: argparse.ArgumentParser) -> None:
     """--activation."""
     parser.add_argument(

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> str:
     kind: Kind = "text" if args.text else "image"
     if args.engine == "local" and (args.address or args.cpus_per_worker):
         args.usage_error("--address and --cpus-per-worker are for --engine ray")
+    columns = {"column": args.column, "id_column": args.id_column}
+    open_sources(args.sources, kind, **columns)  # says what does not exist, before a model is read
     let_pillow_open(args.max_pixels)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that can be read none the less
     progress = _Progress(args.sources, kind, sys.stderr.isatty())
@@ -76,8 +78,7 @@ def run(args: argparse.Namespace) -> str:
             normalize=args.normalize,
             batch=args.batch,
             workers=args.workers,
-            column=args.column,
-            id_column=args.id_column,
+            **columns,
             max_pixels=args.max_pixels,
             fast_decode=args.fast_decode,
             truncate=args.truncate,
@@ -144,8 +145,8 @@ class _Progress:
 
     def _count(self, sources: Sequence[str], kind: Kind) -> None:
         """The bar's total, where it is known without reading what is to be embedded."""
-        if "-" in sources or any(x[0] == "@" and not os.path.isfile(x[1:]) for x in sources):
-            return  # what can be read only once
+        if any(source == "-" or source.startswith("@") for source in sources):
+            return  # standard input can be read only once, and a list may name it
         total = 0
         with suppress(NpclipError):  # embed() says so
             for item in open_sources(sources, kind):

@@ -15,7 +15,7 @@ from ..evaluation.confusion_picture import check_picture, write_picture
 from ..evaluation.image_folder import ImageFolder, splits
 from ..evaluation.probe import Probe, probe_images, require_sklearn
 from ..evaluation.zero_shot import ClassResult, Evaluation, Interval, evaluate
-from . import add_model
+from . import add_model, printable
 
 ABOUT = "How often a model is right about images in a folder for each class."
 LISTED = 20  # unreadable images on stderr
@@ -178,7 +178,7 @@ def _percent(share: float | None) -> str:
 
 def _fitted(label: str, width: int) -> str:
     """At most so many columns of a terminal, without what would move its cursor."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in label)
+    text = printable(label)
     if _width(text) <= width:
         return text
     while _width(text) > width - 1:

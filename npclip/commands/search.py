@@ -11,7 +11,7 @@ from dataclasses import asdict
 from ..errors import InputError
 from ..search import gallery, is_image, load_model, search
 from ..store import Reader
-from . import MODEL, add_activation, add_device
+from . import MODEL, add_activation, add_device, printable
 
 ABOUT = "The images or texts of a collection that are nearest to a text, an image, or several."
 LOOKS_LIKE_A_FILE = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> str:
             gallery.write(args.html, args.queries, hits, reader.kind, os.fspath(args.index))
     if args.json:
         return json.dumps([asdict(hit) for hit in hits])
-    names = (hit.path if reader.kind == "image" else hit.id for hit in hits)
+    names = [hit.path if reader.kind == "image" else hit.id for hit in hits]
+    if sys.stdout is not None and sys.stdout.isatty():
+        names = [printable(name) for name in names]
     return "\n".join(f"{h.score:.4f}  {name}" for h, name in zip(hits, names, strict=True))
 
 

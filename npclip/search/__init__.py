@@ -183,4 +183,5 @@ def search(reader: Reader, model: CLIP, queries: Sequence[str], top: int = 10) -
     scores, rows = top_k(reader, embed_query(model, queries)[None], top)
     names = reader.rows(rows[0])
     found = zip(scores[0].tolist(), names, strict=True)
-    return [Hit(score, id, path) for score, (id, path) in found]
+    # rows of length 1 are a little longer or shorter once they are rounded to float16
+    return [Hit(max(-1.0, min(1.0, score)), id, path) for score, (id, path) in found]

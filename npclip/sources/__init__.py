@@ -3,12 +3,15 @@
     for item in open_sources(["photos", "shards/*.tar", "@more.txt"], "image"):
         item.id, item.path, item.read()
 
-An id says where an item was found: the path of a file as given (normalised, with "/"), with
-"::name" of a tar's member, "::17" of a line (from 1) or of a row (from 0). "@list.txt" names a file
-with a source a line, relative, as in the arguments of other programs, to the working directory.
-"-" is standard input: a path a line of images, a text a line of texts; NUL-separated, as by
-`find -print0`, where its first bytes contain a NUL. A path that was given before, by itself or
-inside a folder, is not repeated.
+An id says where an item was found: the path of a file as given (with "/", and normalised where it
+has no ".."), with "::name" of a tar's member, "::17" of a line (from 1) or of a row (from 0); of a
+line of standard input with a hash of it, too. An id_column's ids must be unique.
+
+"@list.txt" names a file with a source a line, relative, as in the arguments of other programs, to
+the working directory. "-" is standard input: a path a line of images, a text a line of texts;
+NUL-separated, as by `find -print0`, where its first bytes contain a NUL. A path that was given
+before, by itself or inside a folder, is not repeated; for that about 140 bytes are kept for each
+path that a list, a pattern or standard input names.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import ImageError, InputError, InputTypeError
 from . import parquet, tars, texts
-from .items import ERRORS, Item, Kind, Options, Unique, read_file
+from .items import ERRORS, Item, Kind, Options, Unique, failed_item, read_file
 from .walk import Walk, is_found, matches
 
 __all__ = ["Item", "Kind", "open_sources", "read_path"]
@@ -122,7 +125,10 @@ def _all_items(opened: Sequence[str | list[str]], walk: Walk) -> Iterator[Item]:
     for source in opened:
         for item in walk.matched(source) if isinstance(source, list) else walk.source(source):
             is_empty = False
-            yield item if unique is None else Item(unique(item.id), item.path, item.read)
+            if unique is not None and (id := unique(item.id)) != item.id:
+                reason = f"the id {item.id!r} was given before"
+                item = failed_item(id, item.path, walk.options.kind, reason)
+            yield item
     if is_empty:
         names = ", ".join(s if isinstance(s, str) else f"{s[0]} ..." for s in opened[:10])
         raise InputError(f"no {walk.options.kind}s in {names or 'no source'}")

@@ -103,8 +103,9 @@ def reason_of(error: Exception) -> str:
 
 
 def file_id(path: str) -> str:
-    """The path, normalised, with "/" between its parts."""
-    return os.path.normpath(path).replace(os.sep, "/")
+    """The path with "/" between its parts, normalised where no ".." may lead through a link."""
+    parts = path.replace(os.sep, "/").split("/")
+    return (path if ".." in parts else os.path.normpath(path)).replace(os.sep, "/")
 
 
 def read_file(path: str, kind: Kind = "image", start: int = 0, size: int | None = None) -> bytes:
@@ -118,7 +119,8 @@ def read_file(path: str, kind: Kind = "image", start: int = 0, size: int | None 
         check_regular(path)
         with open(path, "rb") as file:
             file.seek(start)
-            found = file.read(MAX_BYTES + 1 if size is None else size)
+            all_of_it = min(os.fstat(file.fileno()).st_size, MAX_BYTES) + 1
+            found = file.read(all_of_it if size is None else size)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise ERRORS[kind](reason_of(error)) from error
     if size is not None and len(found) < size:

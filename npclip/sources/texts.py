@@ -8,6 +8,7 @@ so is a byte order mark. What is not UTF-8 is an item that fails, line by line.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,13 +56,24 @@ def _read(stream: IO[bytes]) -> bytes:
     return read(1 << 16)
 
 
-def line_items(stream: IO[bytes], where: str, separator: bytes | None = b"\n") -> Iterator[Item]:
-    """A text a line; blank ones are skipped."""
-    for id, line, is_whole in _numbered(stream, where, separator):
+def line_items(
+    stream: IO[bytes], where: str, separator: bytes | None = b"\n", with_hash: bool = False
+) -> Iterator[Item]:
+    """A text a line; blank ones are skipped.
+
+    with_hash: of the text in its id, for a stream that has other lines the next time.
+    """
+    for path, line, is_whole in _numbered(stream, where, separator):
+        hashed = f"::{text_hash(line)}" if with_hash else ""
         if not is_whole:
-            yield failed_item(id, id, "text", f"a line of more than {MAX_LINE} bytes")
+            yield failed_item(path, path, "text", f"a line of more than {MAX_LINE} bytes")
         elif line.strip():
-            yield text_item(id, id, line)
+            yield text_item(path + hashed, path, line)
+
+
+def text_hash(text: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _numbered(

@@ -114,7 +114,7 @@ class Walk:
         kind = self.options.kind
         try:
             if kind == "text":
-                yield from texts.line_items(sys.stdin.buffer, "-", separator=None)
+                yield from texts.line_items(sys.stdin.buffer, "-", None, with_hash=True)
                 return
             for path in _paths(sys.stdin.buffer):
                 yield from self.given(path)

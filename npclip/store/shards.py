@@ -20,7 +20,7 @@ from .journal import Record
 
 Names: TypeAlias = "tuple[str, str]"  # id and path, escaped
 
-GROUP = 8192  # rows of a row group: what is read for the names of one row
+GROUP = 1024  # rows of a row group: memory of a shard that is written, 30 MiB; 8192 take 110
 NAMES = 65536  # ids in memory at a time
 BROKEN: tuple[type[Exception], ...] = (
     *(ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError),
@@ -219,14 +219,23 @@ class Parquet:
                 writer.write_table(self._table(some), row_group_size=GROUP)
 
     def _table(self, some: Sequence[Record]) -> Any:
+        """Made of buffers: arrow.array() would import pandas where it is installed."""
         arrow = self._arrow
         flat = np.concatenate([record.embeddings.ravel() for record in some])
+        numbers = self._embedding.value_type
+        values = arrow.Array.from_buffers(numbers, len(flat), [None, arrow.py_buffer(flat)])
         columns = [
-            arrow.array([id for record in some for id in record.ids], arrow.string()),
-            arrow.array([path for record in some for path in record.paths], arrow.string()),
-            arrow.FixedSizeListArray.from_arrays(arrow.array(flat), type=self._embedding),
+            self._strings([id for record in some for id in record.ids]),
+            self._strings([path for record in some for path in record.paths]),
+            arrow.FixedSizeListArray.from_arrays(values, type=self._embedding),
         ]
         return arrow.Table.from_arrays(columns, schema=self._schema)
+
+    def _strings(self, values: list[str]) -> Any:
+        encoded = [value.encode() for value in values]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+        buffers = self._arrow.py_buffer(ends), self._arrow.py_buffer(b"".join(encoded))
+        return self._arrow.StringArray.from_buffers(len(values), *buffers)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{stem(number)}.parquet"

@@ -128,6 +128,11 @@ class Writer:
         return isinstance(id, str) and hash_of(escape(id)) in self._ids
 
     @property
+    def dtype(self) -> str:
+        """Of the stored embeddings."""
+        return self._collection.dtype
+
+    @property
     def failed(self) -> int:
         """How many are listed in errors.jsonl and not embedded since."""
         return len(self._failures)

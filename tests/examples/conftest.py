@@ -1,23 +1,14 @@
 """A tiny model with the real vocabulary, and photos of two classes that it tells apart."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import tiny_models
 from PIL import Image
-from random_checkpoint import random_tensors
-from safetensors.numpy import save_file
-
-from npclip.config import Metadata
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    config = dataclasses.replace(tiny_models.VIT, context_length=77, vocab_size=49408)
-    save_file(random_tensors(config), path, Metadata(activation="gelu").to_strings())
-    return str(path)
+    return str(tiny_models.save_words(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools"), str(Path(__file__).resolve().parent)]
 
 import fuzz_guard  # noqa: E402
 from fuzz_targets import TARGETS, work  # noqa: E402
