@@ -349,7 +349,10 @@ def test_without_ray(photos, checkpoint, tmp_path, monkeypatch, capsys):
     assert "--engine ray" in capsys.readouterr().err
 
 
-def test_the_command_line(monkeypatch, capsys):
+def test_the_command_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+
     def embed(sources, out, model, kind, **options):
         print("Ray: a worker died")
         assert (sources, out, model, kind) == (["in"], "out", "model.pt", "text")
