@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from bench_peers import Model, build_torch_compile
 from numpy.typing import NDArray
-from parity import import_openai_clip, replace_between_markers
+from parity import import_openai_clip, write_or_print
 from PIL import Image
 
 import npclip
@@ -105,8 +105,8 @@ class Bench:
         pixels = np.random.default_rng(0).standard_normal((BATCH, 3, 224, 224), np.float32)
 
         def run() -> NDArray[Any]:
-            for _ in range(self.count // BATCH):
-                self.clip.encode_image(pixels)
+            for first in range(0, self.count, BATCH):
+                self.clip.encode_image(pixels[: self.count - first])
             return np.empty(0)
 
         return run
@@ -277,10 +277,7 @@ def main() -> None:
             bench = Bench(Path(folder), dtype, args.files, args.threads)
             tables.append(measure(bench, args.rounds))
     text = "\n".join(tables)
-    if args.write:
-        replace_between_markers(args.write, text, START, END)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text, START, END)
 
 
 if __name__ == "__main__":

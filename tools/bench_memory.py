@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_embed import write_pictures
-from parity import replace_between_markers
+from parity import write_or_print
 from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
@@ -122,10 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         samples = {kind: measure(kind, Path(folder)) for kind in COUNTS}
     text = plot(samples)
-    if args.write:
-        replace_between_markers(args.write, text, START, END)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text, START, END)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from parity import import_openai_clip, replace_between_markers
+from parity import import_openai_clip, write_or_print
 from random_checkpoint import random_tensors
 from safetensors.numpy import save_file
 
@@ -341,9 +341,7 @@ def main() -> None:
     text = tables(cases, args.rounds, args.threads)
     if args.write:
         text += "\n" + start_up(args.rounds)
-        replace_between_markers(args.write, text, START, END)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text, START, END)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_embed import write_pictures
-from parity import replace_between_markers
+from parity import write_or_print
 
 import npclip
 from npclip import bulk
@@ -117,10 +117,7 @@ def main() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     npclip.set_num_threads(args.threads)
     text = bench(args.model, args.dtype, args.files, args.rounds, args.threads) + "\n"
-    if args.write:
-        replace_between_markers(args.write, text, START, END)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text, START, END)
 
 
 if __name__ == "__main__":

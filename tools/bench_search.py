@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 from bench_peers import _processor
 from numpy.typing import NDArray
-from parity import replace_between_markers
+from parity import write_or_print
 
 import npclip
 from npclip import cpu, cpu_library, ops, search, threads
@@ -222,10 +222,7 @@ def main() -> None:
     npclip.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = bench(Path(folder) / "collection", args)
-    if args.write:
-        replace_between_markers(args.write, text, START, END)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text, START, END)
 
 
 if __name__ == "__main__":

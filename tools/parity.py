@@ -182,6 +182,14 @@ def replace_between_markers(path: Path, text: str, start: str = START, end: str 
     path.write_text(head + start + text + end + rest.partition(end)[2])
 
 
+def write_or_print(path: Path | None, text: str, start: str = START, end: str = END) -> None:
+    """What --write does, and a program without it."""
+    if path:
+        replace_between_markers(path, text, start, end)
+    else:
+        print(text, end="")
+
+
 def main() -> int:
     """The command line; exit code 1 where a difference is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -191,10 +199,7 @@ def main() -> int:
     if unknown := set(args.models) - set(ARCHITECTURES):
         parser.error(f"unknown model: {', '.join(unknown)}")
     text, passed = table(args.models or list(ARCHITECTURES))
-    if args.write:
-        replace_between_markers(args.write, text)
-    else:
-        print(text, end="")
+    write_or_print(args.write, text)
     return 0 if passed else 1
 
 

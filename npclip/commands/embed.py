@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from ..bulk import Report, embed, let_pillow_open
 from ..clip import load
 from ..errors import NpclipError
-from ..sources import Kind, open_sources
+from ..sources import Item, Kind, open_sources
 from . import add_model
 
 ABOUT = "Embed images or texts, any number of them, into a collection on disk."
@@ -64,10 +64,12 @@ def run(args: argparse.Namespace) -> str:
     if args.engine == "local" and (args.address or args.cpus_per_worker):
         args.usage_error("--address and --cpus-per-worker are for --engine ray")
     columns = {"column": args.column, "id_column": args.id_column}
-    open_sources(args.sources, kind, **columns)  # says what does not exist, before a model is read
+    items = open_sources(args.sources, kind, **columns)  # raises before a model is read
     let_pillow_open(args.max_pixels)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that can be read none the less
-    progress = _Progress(args.sources, kind, sys.stderr.isatty())
+    # standard input can be read only once, and a list may name it
+    is_countable = not any(source == "-" or source.startswith("@") for source in args.sources)
+    progress = _Progress(items if is_countable else None, sys.stderr.isatty())
     engine = _by_ray if args.engine == "ray" else _here
     try:
         report = engine(
@@ -126,14 +128,16 @@ def _line(report: Report) -> str:
 class _Progress:
     """A bar on a terminal, else a line now and then."""
 
-    def __init__(self, sources: Sequence[str], kind: Kind, is_terminal: bool) -> None:
+    def __init__(self, items: Iterator[Item] | None, is_terminal: bool) -> None:
+        """items: all there are, which the bar counts meanwhile."""
         self._bar: Any = None
         self._next = time.monotonic() + LINES_EVERY
         if is_terminal:
             from tqdm import tqdm
 
             self._bar = tqdm(unit=" items", smoothing=0.05)
-            threading.Thread(target=self._count, args=(sources, kind), daemon=True).start()
+            if items is not None:
+                threading.Thread(target=self._count, args=(items,), daemon=True).start()
 
     def __call__(self, report: Report) -> None:
         if self._bar is not None:
@@ -143,13 +147,11 @@ class _Progress:
             self._next = time.monotonic() + LINES_EVERY
             print(_line(report), file=sys.stderr, flush=True)
 
-    def _count(self, sources: Sequence[str], kind: Kind) -> None:
+    def _count(self, items: Iterator[Item]) -> None:
         """The bar's total, where it is known without reading what is to be embedded."""
-        if any(source == "-" or source.startswith("@") for source in sources):
-            return  # standard input can be read only once, and a list may name it
         total = 0
         with suppress(NpclipError):  # embed() says so
-            for item in open_sources(sources, kind):
+            for item in items:
                 if READ_TO_COUNT.search(item.path):
                     return
                 total += 1

@@ -185,7 +185,7 @@ class Walk:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """(path, whether it is a folder) of what is neither hidden nor a collection's (store.py)."""
+    """(path, whether it is a folder) of what is neither hidden nor a file of npclip/store."""
     with os.scandir(folder) as entries:
         found = [e for e in entries if not e.name.startswith(".")]
     if {e.name for e in found} >= {"collection.json", "writer.lock"}:

@@ -1,4 +1,4 @@
-"""Reader: the shards of a collection of embeddings, in bounded memory; see store.py."""
+"""Reader: the shards of a collection of embeddings, in bounded memory; see __init__.py."""
 
 from __future__ import annotations
 

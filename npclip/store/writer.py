@@ -1,4 +1,4 @@
-"""Writer: adds to a collection of embeddings, resumed after any crash; see store.py."""
+"""Writer: adds to a collection of embeddings, resumed after any crash; see __init__.py."""
 
 from __future__ import annotations
 
