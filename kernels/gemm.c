@@ -39,16 +39,6 @@ typedef struct {
     int64_t row_blocks, col_blocks;
 } Plan;
 
-INLINE vf activate(int activation, vf x) {
-    if (activation == QUICK_GELU)
-        return v_div(x, v_add(v_set1(1.0f), v_exp(v_mul(x, v_set1(-1.702f)))));
-    if (activation == GELU) {
-        vf half = v_mul(x, v_set1(0.5f));
-        return v_fma(half, v_erf(v_mul(x, v_set1(0.70710678118654752f))), half);
-    }
-    return activation == RELU ? v_max(x, v_zero()) : x;
-}
-
 // Where a tile is in y, and in K.
 typedef struct {
     int64_t row, col;

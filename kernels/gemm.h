@@ -100,6 +100,16 @@ INLINE vf load_weight(int format, const void *w, int64_t i) {
     return v_from_bf16((const uint16_t *)w + i);
 }
 
+INLINE vf activate(int activation, vf x) {
+    if (activation == QUICK_GELU)
+        return v_div(x, v_add(v_set1(1.0f), v_exp(v_mul(x, v_set1(-1.702f)))));
+    if (activation == GELU) {
+        vf half = v_mul(x, v_set1(0.5f));
+        return v_fma(half, v_erf(v_mul(x, v_set1(0.70710678118654752f))), half);
+    }
+    return activation == RELU ? v_max(x, v_zero()) : x;
+}
+
 // acc [mr][NV] = a [mr][depth] w [depth][NR], a in rows of lda. mr, format and lda are constants where
 // this is inlined, so acc stays in registers and a row's address is a constant away from the first's.
 INLINE void multiply(int mr, int format, int64_t depth, const float *a, int lda, const void *w,

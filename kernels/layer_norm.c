@@ -2,6 +2,7 @@
 // add_layer_norm: x + h, and its LayerNorm
 // embed_patches: the class token before the patches of each image, plus positions, and their LayerNorm
 // l2_normalize: x / |x|, of embeddings, so f32 only
+// layer_norm_backward: dx, dweight and dbias        reference_backward.py::layer_norm_backward, f32 only
 //
 // x, sum [N, D] f32, row-major; h, y [N, D] f32, or bf16 for avx512_bf16 and amx; weight, bias [D]. x is
 // the residual stream, which stays f32: only what is multiplied next is rounded.
@@ -11,9 +12,15 @@
 // ROWS |  x   |
 //      +------+
 //
-// cost    7 flop and 8 bytes a value (12 + 4 with h): bound by memory beyond the last cache
+// Backward a task is a block of rows, whose share of dweight and dbias it adds up in a row of `sums`, in
+// L1; the shares are then added in the order of the blocks, a task for a few columns. So they depend on the
+// size of a block and not on the threads.
+//
+// cost    7 flop and 8 bytes a value (12 + 4 with h), backward 20 flop and 12 bytes: bound by memory
+//         beyond the last cache
 // needs   avx2 or avx512
 #include <math.h>
+#include <string.h>
 
 #include "gemm.h"
 
@@ -145,6 +152,75 @@ static void run_l2(const void *arguments, int64_t task, Scratch *scratch) {
 EXPORT void SYMBOL(l2_normalize_f32)(const float *x, float *y, int64_t n, int64_t d) {
     LayerNorm p = {.x = x, .y = y, .n = n, .d = d};
     parallel_for(run_l2, &p, ceil_div(n, ROWS));
+}
+
+#define COLUMNS 64  // of dweight and dbias, whose shares a task adds
+
+typedef struct {
+    const float *x, *weight, *dy;
+    float *dx, *dweight, *dbias, *sums;  // sums [blocks][2][D]: of dweight, then of dbias
+    int64_t n, d, rows, blocks;  // rows: of a block
+    float eps;
+} Backward;
+
+// With z = (x - mean) / std and g = dy weight: dx = (g - mean(g) - z mean(g z)) / std
+INLINE void row_backward(const Backward *p, int64_t row, float *dweight, float *dbias) {
+    const float *x = p->x + row * p->d, *dy = p->dy + row * p->d;
+    vf mean = v_set1(sum(x, p->d, v_zero(), 0) / (float)p->d);
+    vf scale = v_set1(1.0f / sqrtf(sum(x, p->d, mean, 1) / (float)p->d + p->eps));
+    vf g_sum = v_zero(), gz_sum = v_zero();
+    for (int64_t i = 0; i < p->d; i += LANES) {
+        int n = lanes_left(p->d - i);
+        vf z = v_mul(v_sub(v_load_n(x + i, n), mean), scale), d = v_load_n(dy + i, n);
+        vf g = v_mul(d, v_load_n(p->weight + i, n));
+        v_store_n(dweight + i, v_fma(d, z, v_load_n(dweight + i, n)), n);
+        v_store_n(dbias + i, v_add(d, v_load_n(dbias + i, n)), n);
+        g_sum = v_add(g_sum, g);
+        gz_sum = v_fma(g, z, gz_sum);
+    }
+    vf g_mean = v_set1(v_sum(g_sum) / (float)p->d), gz_mean = v_set1(v_sum(gz_sum) / (float)p->d);
+    for (int64_t i = 0; i < p->d; i += LANES) {
+        int n = lanes_left(p->d - i);
+        vf z = v_mul(v_sub(v_load_n(x + i, n), mean), scale);
+        vf g = v_mul(v_load_n(dy + i, n), v_load_n(p->weight + i, n));
+        vf dx = v_mul(v_fnma(z, gz_mean, v_sub(g, g_mean)), scale);
+        v_store_n(p->dx + row * p->d + i, dx, n);
+    }
+}
+
+static void run_backward(const void *arguments, int64_t block, Scratch *scratch) {
+    (void)scratch;
+    const Backward *p = arguments;
+    float *dweight = p->sums + block * 2 * p->d;
+    memset(dweight, 0, 2 * p->d * sizeof *dweight);
+    int64_t end = smaller(p->n, (block + 1) * p->rows);
+    for (int64_t row = block * p->rows; row < end; row++) row_backward(p, row, dweight, dweight + p->d);
+}
+
+static void run_totals(const void *arguments, int64_t task, Scratch *scratch) {
+    (void)scratch;
+    const Backward *p = arguments;
+    int64_t end = smaller(p->d, (task + 1) * COLUMNS);
+    for (int64_t i = task * COLUMNS; i < end; i += LANES) {
+        int n = lanes_left(end - i);
+        vf dweight = v_zero(), dbias = v_zero();
+        for (int64_t block = 0; block < p->blocks; block++) {
+            const float *sums = p->sums + block * 2 * p->d + i;
+            dweight = v_add(dweight, v_load_n(sums, n));
+            dbias = v_add(dbias, v_load_n(sums + p->d, n));
+        }
+        v_store_n(p->dweight + i, dweight, n);
+        v_store_n(p->dbias + i, dbias, n);
+    }
+}
+
+EXPORT void SYMBOL(layer_norm_backward_f32)(const float *x, const float *weight, const float *dy,
+                                            float *dx, float *dweight, float *dbias, float *sums,
+                                            int64_t n, int64_t d, int64_t rows, float eps) {
+    Backward p = {.x = x, .weight = weight, .dy = dy, .dx = dx, .dweight = dweight, .dbias = dbias,
+                  .sums = sums, .n = n, .d = d, .rows = rows, .blocks = ceil_div(n, rows), .eps = eps};
+    parallel_for(run_backward, &p, p.blocks);
+    parallel_for(run_totals, &p, ceil_div(d, COLUMNS));
 }
 
 #endif

@@ -29,8 +29,8 @@ def linear(x, weight, bias=None, activation=None, residual=None):  # [N, K], [M,
 
 def attention(qkv, cu_seqlens, heads, causal=False):  # [N, 3D] -> [N, D]
     """o = softmax(q k^T / sqrt(Dh)) v, per sequence and head; causal: a token sees no later one."""
-    q, k, v = _split_heads(qkv, 3, heads)  # [H, N, Dh] each
-    q = q * _scale(q)
+    q, k, v = split_heads(qkv, 3, heads)  # [H, N, Dh] each
+    q = q * scale_of(q)
     o = np.empty(q.shape[1:2] + q.shape[::2], qkv.dtype, like=qkv)  # [N, H, Dh]
     for i, j in pairwise(cu_seqlens):
         s = q[:, i:j] @ k[:, i:j].transpose(0, 2, 1)  # [H, T, T]
@@ -42,9 +42,9 @@ def attention(qkv, cu_seqlens, heads, causal=False):  # [N, 3D] -> [N, D]
 
 def attention_pool(q, kv, cu_seqlens, heads):  # [B, D], [N, 2D] -> [B, D]
     """o = softmax(q k^T / sqrt(Dh)) v with one query per sequence, which sees all of it."""
-    k, v = _split_heads(kv, 2, heads)  # [H, N, Dh] each
-    (q,) = _split_heads(q, 1, heads)  # [H, B, Dh]
-    q = q * _scale(q)
+    k, v = split_heads(kv, 2, heads)  # [H, N, Dh] each
+    (q,) = split_heads(q, 1, heads)  # [H, B, Dh]
+    q = q * scale_of(q)
     o = np.empty(q.shape[1:2] + q.shape[::2], kv.dtype, like=kv)  # [B, H, Dh]
     for b, (i, j) in enumerate(pairwise(cu_seqlens)):
         s = q[:, b : b + 1] @ k[:, i:j].transpose(0, 2, 1)  # [H, 1, T]
@@ -52,12 +52,14 @@ def attention_pool(q, kv, cu_seqlens, heads):  # [B, D], [N, 2D] -> [B, D]
     return o.reshape(o.shape[0], -1)
 
 
-def _split_heads(x, parts, heads):  # [N, parts * D] -> parts of [H, N, Dh]
+def split_heads(x, parts, heads):  # [N, parts * D] -> parts of [H, N, Dh]
+    """Views of x, one head after another."""
     n, width = x.shape
     return x.reshape(n, parts, heads, width // (parts * heads)).transpose(1, 2, 0, 3)
 
 
-def _scale(q):
+def scale_of(q):
+    """1 / sqrt(Dh), in the dtype of q [..., Dh]"""
     return q.dtype.type(q.shape[-1] ** -0.5)
 
 
@@ -145,13 +147,19 @@ def embed_patches(patches, class_embedding, positional_embedding, weight, bias, 
 
     patches [B G G, D], class_embedding, weight, bias [D], positional_embedding [T, D] -> [B T, D]
     """
+    x = join_patches(patches, class_embedding, positional_embedding)
+    return layer_norm(x, weight, bias, eps)
+
+
+def join_patches(patches, class_embedding, positional_embedding):
+    """The class token before each image's patches, plus positions: what embed_patches norms."""
     tokens, width = positional_embedding.shape
     shape = len(patches) // (tokens - 1), tokens, width
     x = np.empty(shape, patches.dtype, like=patches)
     x[:, 0] = class_embedding
     x[:, 1:] = patches.reshape(-1, tokens - 1, width)
     x += positional_embedding
-    return layer_norm(x.reshape(-1, width), weight, bias, eps)
+    return x.reshape(-1, width)
 
 
 def embed_tokens(ids, positions, token_embedding, positional_embedding):  # [N], [N] -> [N, D]

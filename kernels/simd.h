@@ -6,6 +6,7 @@
 //   vf            LANES floats in one register
 //   v_*_n         the same for the first n lanes only, 0 <= n <= LANES; the others read as 0
 //                 (v_select_n: as those of `other`)
+//   vd            half as many doubles
 //
 // Multiplications and additions are fused where v_fma says so and nowhere else (-ffp-contract=off):
 // a result must not depend on how the compiler arranged a loop.
@@ -48,10 +49,18 @@ INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 INLINE vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+INLINE vf v_sqrt(vf x) { return _mm512_sqrt_ps(x); }
 INLINE vf v_round(vf x) { return _mm512_roundscale_ps(x, 8); }  // to nearest, ties to even
 INLINE vf v_scale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x 2^n, n a whole number
 INLINE float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
 INLINE float v_largest(vf x) { return _mm512_reduce_max_ps(x); }
+typedef __m512d vd;
+INLINE vd vd_zero(void) { return _mm512_setzero_pd(); }
+INLINE vd vd_fma(vd a, vd b, vd c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE double vd_sum(vd x) { return _mm512_reduce_add_pd(x); }
+INLINE vd v_widen(vf x, int high) {
+    return _mm512_cvtps_pd(high ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x));
+}
 INLINE vf v_from_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
@@ -108,6 +117,7 @@ INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+INLINE vf v_sqrt(vf x) { return _mm256_sqrt_ps(x); }
 INLINE vf v_round(vf x) { return _mm256_round_ps(x, 8); }
 INLINE vf v_scale2(vf x, vf n) {  // in two halves, so that neither power of two overflows
     __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
@@ -125,6 +135,16 @@ INLINE float v_largest(vf x) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+typedef __m256d vd;
+INLINE vd vd_zero(void) { return _mm256_setzero_pd(); }
+INLINE vd vd_fma(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE double vd_sum(vd x) {
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+INLINE vd v_widen(vf x, int high) {
+    return _mm256_cvtps_pd(high ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x));
 }
 INLINE vf v_from_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vf v_from_bf16(const uint16_t *p) {

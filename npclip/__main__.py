@@ -11,7 +11,7 @@ from io import TextIOWrapper
 
 from .errors import NpclipError
 
-COMMANDS = "classify", "convert", "embed", "eval", "export", "info", "models", "search"
+COMMANDS = "classify", "convert", "embed", "eval", "export", "info", "models", "search", "train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

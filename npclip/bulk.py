@@ -255,7 +255,8 @@ def _input(item: Item, model: CLIP, options: Options) -> Input | NpclipError:
     try:
         read = item.read()
         if isinstance(read, str):
-            return tokenize([read], model.context_length, truncate=options.truncate)[0]
+            length, size = model.context_length, model.vocab_size
+            return tokenize([read], length, truncate=options.truncate, vocab_size=size)[0]
         side = model.visual.input_resolution if options.fast_decode else None
         return model.preprocess(load_image(read, options.max_pixels, side))
     except NpclipError as error:

@@ -187,7 +187,7 @@ class CLIP:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids (49408)."""
+        """Number of token ids (49408): see tokenize for a model that has fewer."""
         return self.config.vocab_size
 
     @property
@@ -272,7 +272,7 @@ class CLIP:
         types.
         """
         length, vocab = self.context_length, self.vocab_size
-        to_ids = partial(tokenize, context_length=length, truncate=truncate)
+        to_ids = partial(tokenize, context_length=length, truncate=truncate, vocab_size=vocab)
         batch_size = TEXTS_PER_BATCH[self._kind]
         batches, single = inputs.text_batches(x, to_ids, length, vocab, batch_size)
         on_host = partial(encode_text, p=self._tower("text"), config=self.config)

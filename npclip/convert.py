@@ -6,8 +6,8 @@ The file records what shapes do not tell (activation, preprocessing, heads) and 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,12 +16,11 @@ import numpy as np
 from .checkpoint import Checkpoint, Tensor, check_tensors, open_checkpoint, towers_of
 from .config import Metadata, infer_config
 from .errors import CheckpointError
-from .safetensors_file import NAMES
+from .safetensors_file import write_safetensors
 from .tensor import DTYPES, Array
 from .weights import to_bfloat16
 from .whole_file import replacing
 
-FORMAT_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 TARGETS = ("float32", "float16", "bfloat16")
 # What openai/CLIP's convert_weights leaves in float32: norms, embeddings and the logit scale.
 KEPT = re.compile(r"(^|\.)(ln_\w+|bn\d|downsample\.1)\.|_embedding\b|^logit_scale$")
@@ -86,31 +85,20 @@ def _write_atomically(
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint, dtype: str | None, metadata: Metadata) -> None:
-    """The safetensors format, one tensor in memory at a time (the library would want all)."""
-    dtypes = {name: _target_dtype(name, t, dtype) for name, t in checkpoint.tensors.items()}
-    # Wide dtypes first, as the library orders them: every tensor is then aligned to its item size.
-    names = sorted(dtypes, key=lambda name: (-DTYPES[dtypes[name]].itemsize, name))
-    header: dict[str, object] = {"__metadata__": metadata.to_strings()}
-    end = 0
-    for name in names:
-        shape = checkpoint.tensors[name].shape
-        begin = end
-        end += int(np.prod(shape, dtype=np.int64)) * DTYPES[dtypes[name]].itemsize
-        header[name] = {
-            "dtype": FORMAT_NAMES[dtypes[name]],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
+    """One tensor in memory at a time."""
+
+    def read(name: str, target: str) -> Array:
+        checkpoint.release()  # what was written before
         tensor = checkpoint.tensors[name]
         array = tensor.read()
         _check_finite(name, array, tensor.dtype)
-        array = cast(name, array, tensor.dtype, dtypes[name])
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        checkpoint.release()
+        return cast(name, array, tensor.dtype, target)
+
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        target = _target_dtype(name, tensor, dtype)
+        tensors[name] = Tensor(tensor.shape, target, partial(read, name, target))
+    write_safetensors(file, tensors, metadata.to_strings())
 
 
 def _check_finite(name: str, array: Array, dtype: str) -> None:

@@ -48,3 +48,7 @@ class ProvenanceError(NpclipError, ValueError):
 
 class StoreError(NpclipError, RuntimeError):
     """A collection of embeddings is broken, cannot be read or written, or has another writer."""
+
+
+class TrainingError(NpclipError, RuntimeError):
+    """Training cannot go on: a NaN or infinite loss or gradient, or a broken saved state."""

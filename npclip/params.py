@@ -41,12 +41,19 @@ def load_parameters(
         return array
 
     flat = dict(zip(names, threads.map_weights(load, names), strict=True))
-    params: Parameters = {k: flat.pop(k) for k in ("logit_scale",) if k in flat}
+    return nest(flat, config, towers)
+
+
+def nest(flat: dict[str, Any], config: Config, towers: tuple[str, ...]) -> Parameters:
+    """Arrays by openai/CLIP's names -> the nested parameters; of a Vision Transformer and a text
+    tower, all are views of them."""
+    params: Parameters = {k: flat[k] for k in ("logit_scale",) if k in flat}
     visual = {k.removeprefix("visual."): v for k, v in flat.items() if k.startswith("visual.")}
     if "image" in towers:
         params["image"] = _vit(visual) if config.is_vit else _resnet(visual)
     if "text" in towers:
-        params["text"] = _text({k: v for k, v in flat.items() if not k.startswith("visual.")})
+        rest = {k: v for k, v in flat.items() if k != "logit_scale" and not k.startswith("visual.")}
+        params["text"] = _text(rest)
     return params
 
 

@@ -107,7 +107,14 @@ def preprocess(
         if (pixels := _by_kernel(image, x, y, _table(tuple(mean), tuple(std)))) is not None:
             return pixels
     levels = _by_pillow(load_image(image), new, corner, size, interpolation)
-    pixels = levels.transpose(2, 0, 1).astype(np.float32, order="C")  # [3, size, size]
+    return normalized(levels, mean, std)
+
+
+def normalized(
+    levels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:  # [..., H, W, 3] -> [..., 3, H, W]
+    """The last step of preprocess(), of pixels that have their size."""
+    pixels = np.moveaxis(levels, -1, -3).astype(np.float32, order="C")
     pixels /= np.float32(255)
     pixels -= np.asarray(mean, np.float32)[:, None, None]
     pixels /= np.asarray(std, np.float32)[:, None, None]

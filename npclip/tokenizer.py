@@ -6,6 +6,9 @@ clean text -> words -> UTF-8 bytes -> merge neighbours, most frequent pair first
 
 `</w>` marks the last byte of a word, so "cat" at a word's end and "cat" in "catalog" differ. Ids:
 256 bytes, 256 bytes with `</w>`, 48,894 merges in the order they were learned, and two specials.
+
+A small model knows the first merges alone. That is a byte-pair encoding of its own, with the same
+ids but for the two specials, which come last: vocab_size = 512 + merges + 2.
 Source: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
 """
 
@@ -28,10 +31,10 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 49408
 SOT = 49406  # start of text
 EOT = 49407  # end of text: the largest id, so argmax finds it
-SPECIAL_TOKENS = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
+SPECIAL_TOKENS = "<|startoftext|>", "<|endoftext|>"  # the last two ids
+SMALLEST = 2 * 256 + len(SPECIAL_TOKENS)  # a vocabulary of bytes
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
-_MERGES = VOCAB_SIZE - 2 * 256 - len(SPECIAL_TOKENS)  # the file goes on; CLIP stops here
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32  # characters; longer words are rarely met twice
@@ -43,6 +46,7 @@ def tokenize(
     truncate: bool = False,
     special_tokens: bool = True,
     first_index: int = 0,
+    vocab_size: int = VOCAB_SIZE,
 ) -> NDArray[np.int32]:
     """Token ids of texts, each framed by SOT and EOT and padded with 0.
 
@@ -52,51 +56,78 @@ def tokenize(
     special_tokens: a literal "<|endoftext|>" or "<|startoftext|>" in a text becomes that token, as
         in openai/CLIP, and the text tower ignores what follows the first EOT. False: plain text.
     first_index: what errors call the first text, for who tokenizes a long list in parts.
+    vocab_size: of the model: the tokenizer's first vocab_size - 514 merges are used, SOT is
+        vocab_size - 2 and EOT vocab_size - 1. Above 49408 it counts as 49408.
 
     Returns int32 [B, context_length]; one str gives B = 1. Raises TextTooLongError, InputError for
-    a context_length below 2, InputTypeError for what is not a str.
+    a context_length below 2 or a vocab_size below 514, InputTypeError for what is not a str.
     """
     if context_length < 2:
         raise InputError(f"context_length must hold SOT and EOT, so at least 2: {context_length}")
     if not isinstance(texts, Iterable):
         raise InputTypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    result = np.zeros((len(texts), context_length), np.int32)
     for index, text in enumerate(texts, first_index):
         if not isinstance(text, str):
             raise InputTypeError(f"text {index} must be a str, not {type(text).__name__}")
-        ids = [SOT, *encode(text, special_tokens), EOT]
+    result = np.zeros((len(texts), context_length), np.int32)
+    sot, eot = special_ids(vocab_size)
+    for index, text in enumerate(texts, first_index):
+        ids = [sot, *encode(text, special_tokens, vocab_size), eot]
         if len(ids) > context_length:
             if not truncate:
                 raise TextTooLongError(
                     f"text {index} has {len(ids)} tokens, SOT and EOT included, but only "
                     f"{context_length} fit (truncate=True cuts it): {_shorten(text)!r}"
                 )
-            ids = [*ids[: context_length - 1], EOT]
+            ids = [*ids[: context_length - 1], eot]
         result[index - first_index, : len(ids)] = ids
     return result
 
 
-def encode(text: str, special_tokens: bool = True) -> list[int]:
-    """Token ids of a text of any length, without SOT and EOT. special_tokens: see tokenize."""
+def special_ids(vocab_size: int = VOCAB_SIZE) -> tuple[int, int]:
+    """The ids of SOT and EOT, the last two. Raises InputError for a vocab_size below 514."""
+    size = _size(vocab_size)
+    return size - 2, size - 1
+
+
+def encode(text: str, special_tokens: bool = True, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """Token ids of a text of any length, without SOT and EOT.
+
+    special_tokens, vocab_size: see tokenize. Raises InputError for a vocab_size below 514.
+    """
+    size = _size(vocab_size)
     ids: list[int] = []
     for word in _word_pattern(special_tokens).findall(_clean(text)):
-        ids += _encode_cached(word) if len(word) <= _CACHED_LENGTH else _encode_word(word)
+        is_short = len(word) <= _CACHED_LENGTH
+        ids += _encode_cached(word, size) if is_short else _encode_word(word, size)
     return ids
 
 
-def decode(ids: Iterable[int]) -> str:
+def decode(ids: Iterable[int], vocab_size: int = VOCAB_SIZE) -> str:
     """The text of token ids: lower case, and a space after every word, "it's" giving "it 's ".
 
     Bytes that are not UTF-8 become U+FFFD; special tokens are spelled out; padding reads "!".
-    Raises InputError for an id outside the vocabulary.
+    vocab_size: see tokenize. Raises InputError for an id outside the vocabulary, and for a
+    vocab_size below 514.
     """
-    spelling = _vocabulary().spelling
+    size = _size(vocab_size)
+    spelling = _vocabulary(size).spelling
     ids = list(ids)
     for index in ids:
-        if not 0 <= index < VOCAB_SIZE:
-            raise InputError(f"token ids must lie in 0 .. {VOCAB_SIZE - 1}, not {index}")
+        if not 0 <= index < size:
+            raise InputError(f"token ids must lie in 0 .. {size - 1}, not {index}")
     return b"".join(spelling[index] for index in ids).decode("utf-8", errors="replace")
+
+
+def _size(vocab_size: int) -> int:
+    """Of the tokenizer for a model with so many token embeddings: some models have spare ones."""
+    if vocab_size < SMALLEST:
+        raise InputError(
+            f"vocab_size must be at least {SMALLEST}, the bytes and SOT and EOT, to tokenize "
+            f"texts: {vocab_size} (token ids work with any)"
+        )
+    return min(vocab_size, VOCAB_SIZE)
 
 
 class _Vocabulary(NamedTuple):
@@ -106,8 +137,8 @@ class _Vocabulary(NamedTuple):
 
 
 @functools.cache
-def _vocabulary() -> _Vocabulary:
-    """Reads the merges file: a header, then a pair a line, such as `i n` or `th e</w>`."""
+def _vocabulary(size: int) -> _Vocabulary:
+    """Of size ids. Reads the merges file: a header, then a pair a line: `i n` or `th e</w>`."""
     import gzip
     from importlib.resources import files
 
@@ -122,7 +153,7 @@ def _vocabulary() -> _Vocabulary:
     merges: dict[tuple[int, int], int] = {}
     path = files(__package__).joinpath(_MERGES_FILE)
     with path.open("rb") as file, gzip.open(file, "rt", encoding="utf-8") as lines:
-        for new, line in enumerate(islice(lines, 1, 1 + _MERGES), start=len(ids)):
+        for new, line in enumerate(islice(lines, 1, 1 + size - SMALLEST), start=len(ids)):
             left, right = line.split()
             pair = ids[left], ids[right]
             merges[pair] = ids[left + right] = new
@@ -157,11 +188,11 @@ def _whitespace() -> regex.Pattern[str]:
     return regex.compile(r"\s+")
 
 
-def _encode_word(word: str) -> tuple[int, ...]:
-    """Ids of one match of the word pattern."""
+def _encode_word(word: str, size: int) -> tuple[int, ...]:
+    """Ids, in the vocabulary of that size, of one match of the word pattern."""
     if word in SPECIAL_TOKENS:
-        return (SPECIAL_TOKENS[word],)
-    vocabulary = _vocabulary()
+        return (special_ids(size)[SPECIAL_TOKENS.index(word)],)
+    vocabulary = _vocabulary(size)
     ids = [vocabulary.byte_ids[byte] for byte in word.encode()]
     ids[-1] += 256  # </w>
     return tuple(_merge(ids, vocabulary.merges))

@@ -63,7 +63,7 @@ class ZeroShot:
         same name twice, an empty one, or a template without {}.
         """
         self.model = model
-        self.templates = _templates(templates)
+        self.templates = as_templates(templates)
         synonyms = _synonyms(labels)
         self.labels = [names[0] for names in synonyms]
         self.embeddings = self._embed(synonyms, self.templates, cache)
@@ -183,7 +183,8 @@ def built_in_templates() -> list[str]:
     return _lines((files("npclip") / "templates.txt").read_text("utf-8"))
 
 
-def _templates(templates: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
+def as_templates(templates: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
+    """Prompts as ZeroShot takes them. Raises what it does for those that are none."""
     if templates is None:
         return built_in_templates()
     if isinstance(templates, (str, os.PathLike)):

@@ -19,6 +19,16 @@ for folder in (ROOT / "tests", ROOT / "tests" / "parity"):
     sys.path.insert(0, str(folder))
 
 
+@pytest.fixture
+def one_blas_thread():
+    """For many small products: on cores that others use, threads wait for one another far longer
+    than they compute."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def pictures() -> Path:
     return ROOT / "tests" / "data"

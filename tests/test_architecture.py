@@ -12,18 +12,23 @@ from npclip.__main__ import COMMANDS
 
 PACKAGE = Path(npclip.__file__).parent
 ORDER = [  # left to right; a module may import those further right only
-    "__main__", "commands", "search.gallery", "search.faiss_export", "search", "evaluation",
-    "evaluation.confusion_picture", "evaluation.probe", "evaluation.zero_shot",
-    "evaluation.image_folder", "ray", "ray.engine", "ray.groups", "bulk",
-    "sources", "sources.walk", "sources.parquet", "sources.tars", "sources.texts",
-    "sources.items", "store", "store.writer", "store.reader", "store.shards", "store.journal",
-    "store.failures", "store.ids", "store.collection", "info", "convert", "__init__", "embedder",
-    "zeroshot", "clip", "cuda_towers", "params", "provenance", "checkpoint", "torch_file",
+    "__main__", "commands", "training.run", "training.loop", "training.validation",
+    "training.curves", "training.run_folder", "training.data", "training.augment",
+    "training.index", "training.settings", "training.checked", "training", "training.step",
+    "training.state", "training.optim", "training.initialize", "training.parameters",
+    "training.loss", "training.model", "training.ops", "search.gallery", "search.faiss_export",
+    "search", "evaluation", "evaluation.confusion_picture", "evaluation.probe",
+    "evaluation.zero_shot", "evaluation.image_folder", "evaluation.retrieval", "ray",
+    "ray.engine", "ray.groups", "bulk", "sources", "sources.pairs", "sources.pair_files",
+    "sources.walk", "sources.parquet", "sources.tars", "sources.texts", "sources.items",
+    "store", "store.writer", "store.reader", "store.shards", "store.journal", "store.failures",
+    "store.ids", "store.collection", "info", "convert", "__init__", "embedder", "zeroshot",
+    "clip", "cuda_towers", "params", "provenance", "checkpoint", "torch_file",
     "safetensors_file", "key_names", "metadata_files", "unpickle", "tensor", "model", "resnet",
     "ops", "cuda_preprocess", "hub", "config", "inputs", "preprocess", "report", "cuda",
     "cuda_products", "cuda_attention", "cuda_images", "cuda_linear", "cuda_rows", "cuda_device",
-    "nvrtc", "cublaslt", "tensor_map", "cuda_driver", "cuda_launch", "pil_pixels", "cpu",
-    "weights", "cpu_library", "threads", "tokenizer", "whole_file", "errors", "kernels",
+    "nvrtc", "cublaslt", "tensor_map", "cuda_driver", "cuda_launch", "pil_pixels", "cpu_training",
+    "cpu", "weights", "cpu_library", "threads", "tokenizer", "whole_file", "errors", "kernels",
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ if reason := cpu_library.why_unavailable():
     pytest.skip(f"no C kernels: {reason}", allow_module_level=True)
 
 import bench_kernels
-from kernel_cases import OPS, normal
+from kernel_cases import OPS
+from kernel_work import normal
 
 # Exported, but no ops: pack makes the weights of linear and conv2d, the others measure the machine.
 HELPERS = {"pack", "packed_size", "peak", "bandwidth"}
@@ -22,7 +23,10 @@ TINY = {
     "linear": "7x15x17", "attention": "2x5x2x8", "attention_pool": "2x5x2x8", "layer_norm": "3x33",
     "add_layer_norm": "3x33", "patchify": "1x8x4", "embed_patches": "1x5x16",
     "conv2d": "1x5x3x4x3x2", "avg_pool2d": "1x4x3x2", "l2_normalize": "3x17", "resize": "24x32x8",
-    "similarity": "3x7x17",
+    "similarity": "3x7x17", "quick_gelu": "3x17", "gelu": "3x17", "quick_gelu_backward": "3x17",
+    "gelu_backward": "3x17", "layer_norm_backward": "3x33", "attention_backward": "2x5x2x8",
+    "attention_pool_backward": "2x5x2x8", "embed_tokens_backward": "9x17x5", "adamw": "33",
+    "square_sums": "33",
 }  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """The public interface on small models: every kind of input, every kind of error."""
 
+import dataclasses
 import io
 import pickle
 import threading
 
 import numpy as np
 import pytest
+import tiny_models
 from dlpack_only import DLPackOnly
 from PIL import Image
+from safetensors.numpy import save_file
 
 import npclip
 from npclip.errors import (
@@ -260,6 +263,25 @@ def test_an_error_in_a_long_list_of_texts_names_its_place(text, error):
     batches, _ = text_batches(["a"] * 70 + [text], npclip.tokenize, 77, 49408, 64)
     with pytest.raises(error, match=r"^text 70 "):
         list(batches)
+
+
+def test_a_model_of_fewer_tokens_tokenizes_by_itself(tmp_path):
+    config = dataclasses.replace(tiny_models.VIT, context_length=20, vocab_size=600)
+    path = tmp_path / "small.safetensors"
+    tensors = tiny_models.weights(config)
+    save_file(tensors, path, npclip.config.Metadata(activation="gelu").to_strings())
+    model = npclip.load(path, device="cpu")
+    texts = ["a cat", "naïve"]
+    ids = npclip.tokenize(texts, 20, vocab_size=600)
+    assert ids.max() == 599
+    np.testing.assert_array_equal(model.encode_text(texts), model.encode_text(ids))
+    with pytest.raises(TextTooLongError, match="text 0 has 22 tokens"):
+        model.encode_text("z" * 20)
+
+
+def test_too_few_tokens_for_texts_is_an_error(model):
+    with pytest.raises(InputError, match=r"vocab_size must be at least 514.*: 100"):
+        model.encode_text(["a cat"])
 
 
 def test_one_tower_alone(golden, texts):

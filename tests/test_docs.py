@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,10 @@ from npclip.__main__ import main
 from npclip.config import Metadata
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from draw_shapes import write_all  # noqa: E402
+
 PAGES = sorted(page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
 WITH_MODEL = "classify", "embed", "eval", "search"
 BY_CI = ("pip", "pytest", "ruff", "mypy", "sphinx-build")  # .ci/run runs these in earnest
@@ -74,10 +79,22 @@ def with_blocks(language):
     return [page for page in PAGES if blocks(page, language)]
 
 
+def prepare_training(folder):
+    """train.toml: the example, of a few steps."""
+    write_all(folder / "shapes", train=64, validation=8, classes=2)
+    text = (ROOT / "examples" / "train_shapes.toml").read_text()
+    for long, short in (("steps = 1500", "steps = 2"), ("warmup = 100", "warmup = 1")):
+        assert long in text
+        text = text.replace(long, short)
+    (folder / "train.toml").write_text(text.replace("batch = 128", "batch = 32"))
+
+
 @pytest.mark.filterwarnings("ignore:::ray")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=str)
 def test_programs(page, tiny, folder):
     program = "\n".join(blocks(page, "python"))
+    if page.name == "training.md":
+        prepare_training(folder)
     if "import ray" in program:
         pytest.importorskip("ray")
     exec(compile(program.replace("ViT-B/32", tiny.as_posix()), str(page), "exec"), {})
@@ -87,6 +104,8 @@ def test_programs(page, tiny, folder):
 def test_commands(page, tiny, folder):
     if page.name == "searching.md":
         run(["npclip", "embed", "photos", "-o", "collection"], tiny)
+    if page.name == "training.md":
+        prepare_training(folder)
     for line in "\n".join(blocks(page, "sh")).splitlines():
         for command in line.split("&&"):
             run(shlex.split(command, comments=True), tiny)
@@ -106,6 +125,9 @@ def run(words, tiny):
     arguments = [str(tiny) if word == "ViT-B/32" else word for word in words[1:]]
     if arguments[0] in WITH_MODEL and "--model" not in arguments:
         arguments += ["--model", str(tiny)]
+    if arguments[0] == "train":
+        short = {"examples/train_shapes.toml": "train.toml", "train.steps=3000": "train.steps=3"}
+        arguments = [short.get(word, word) for word in arguments]
     if "ray" in arguments:
         pytest.importorskip("ray")
     if "--address" in arguments:  # of a cluster, which there is not

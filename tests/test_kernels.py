@@ -1,14 +1,11 @@
-"""Every C kernel on every ISA of this machine against kernels/reference.py in float64.
-
-One rule: err(kernel) <= 2 err(reference in float32) + tiny, where err is the largest absolute
-difference from the reference in float64, and tiny is two roundings of the largest sum of
-magnitudes: two orders of summation differ by that even where terms cancel.
-"""
+"""Every C kernel on every ISA of this machine against kernels/reference.py in float64, by the rule
+of kernel_rule.py; those of training are in test_training_kernels.py."""
 
 import inspect
 
 import numpy as np
 import pytest
+from kernel_rule import assert_close, new_rng, normal, sequences, widened
 
 from npclip import cpu, cpu_library, ops, threads, weights
 from npclip.kernels import reference
@@ -29,31 +26,12 @@ def isa(request, monkeypatch):
 
 @pytest.fixture
 def rng():
-    seed = int(np.random.default_rng().integers(1 << 32))
-    print(f"seed {seed}")  # shown where a test fails
-    return np.random.default_rng(seed)
-
-
-def assert_close(kernel, wanted, baseline, magnitude=0.0):
-    """The rule. wanted is float64; baseline the reference's float32; magnitude the largest sum of
-    the magnitudes of what was added up."""
-    assert kernel.shape == wanted.shape
-    assert kernel.dtype == np.float32
-    assert np.isfinite(kernel).all()
-    tiny = 2 * np.finfo(np.float32).eps * max(np.abs(wanted).max(initial=0), magnitude)
-    bound = 2 * np.abs(baseline - wanted).max(initial=0) + tiny
-    error = np.abs(kernel - wanted)
-    if error.max(initial=0) > bound:
-        worst = np.unravel_index(error.argmax(), error.shape)
-        pytest.fail(
-            f"worst at {worst}: {kernel[worst]!r}, expected {wanted[worst]!r}, "
-            f"error {error[worst]:.3g}, bound {bound:.3g}"
-        )
+    return new_rng()
 
 
 def check(op, *arrays, magnitude=0.0, **options):
     """One op on float32 arrays, against the reference on the same in float64."""
-    wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays]
+    wide = widened(arrays)
     results = getattr(cpu, op)(*arrays, **options)
     function = getattr(reference, op)
     for outcome in zip(
@@ -64,10 +42,6 @@ def check(op, *arrays, magnitude=0.0, **options):
         strict=True,
     ):
         assert_close(*outcome, magnitude)
-
-
-def normal(rng, *shape, scale=1.0):
-    return (rng.standard_normal(shape) * scale).astype(np.float32)
 
 
 def widen(x, dtype):
@@ -146,12 +120,6 @@ def test_conv2d(isa, rng, shape, dtype):
         y = cpu.conv2d(x, packed, bias, stride, activation, r)
         args = (bias, stride, activation, r)
         assert_product_close(y, reference.conv2d, packed, x, weight, *args)
-
-
-def sequences(rng, total):
-    """cu_seqlens of sequences of many lengths."""
-    lengths = [*rng.integers(1, 20, 6), total]
-    return np.append(0, np.cumsum(lengths)).astype(np.int32)
 
 
 def magnitude(qkv, heads):

@@ -77,7 +77,7 @@ def test_vocabulary_file_is_openais():
 
 
 def test_vocabulary_is_complete():
-    vocabulary = tokenizer._vocabulary()
+    vocabulary = tokenizer._vocabulary(VOCAB_SIZE)
     assert len(vocabulary.spelling) == VOCAB_SIZE
     assert len(vocabulary.merges) == len(set(vocabulary.merges.values())) == VOCAB_SIZE - 514
     assert sorted(vocabulary.byte_ids) == list(range(256))
@@ -138,7 +138,7 @@ def test_decode():
     assert decode(encode("It's a CAFÉ, 42 km")) == "it 's a café , 4 2 km "
     assert decode(tokenize("a cat", context_length=5)[0]) == "<|startoftext|>a cat <|endoftext|>!"
     assert decode(encode("日本語")[:1]).endswith("日")
-    assert decode([tokenizer._vocabulary().byte_ids[0xE6]]) == "\N{REPLACEMENT CHARACTER}"
+    assert decode([tokenizer._vocabulary(VOCAB_SIZE).byte_ids[0xE6]]) == "\N{REPLACEMENT CHARACTER}"
 
 
 @given(st.one_of(ANY_TEXT, PRINTABLE), st.integers(2, 20), st.booleans())
@@ -184,7 +184,7 @@ def textbook_merge(ids, merges):
 @settings(max_examples=300)
 @given(st.one_of(COMMON_PAIRS, st.text("ab", max_size=60), st.text(max_size=60)).filter(len))
 def test_merge_is_the_textbook_loop(word):
-    vocabulary = tokenizer._vocabulary()
+    vocabulary = tokenizer._vocabulary(VOCAB_SIZE)
     ids = [vocabulary.byte_ids[byte] for byte in word.encode()]
     ids[-1] += 256
     assert tokenizer._merge(ids, vocabulary.merges) == textbook_merge(ids, vocabulary.merges)
@@ -195,6 +195,63 @@ def test_merge_leftmost_first():
     assert tokenizer._merge([a] * 3, merges) == [10, a]
     assert tokenizer._merge([a] * 4 + [b], merges) == [10, 11]
     assert tokenizer._merge([a], merges) == [a]
+
+
+SIZES = st.sampled_from([514, 515, 1000, 4096, 8192, VOCAB_SIZE - 1, VOCAB_SIZE])
+
+
+@settings(deadline=None)  # the first of a size makes its tables
+@given(st.one_of(PRINTABLE, COMMON_PAIRS, st.text(max_size=60)), SIZES)
+def test_a_small_vocabulary_is_the_textbook_loop_with_its_first_merges(text, size):
+    vocabulary = tokenizer._vocabulary(VOCAB_SIZE)
+    first = {pair: new for pair, new in vocabulary.merges.items() if new < size - 2}
+    assert tokenizer._vocabulary(size).merges == first
+    expected = []
+    for word in tokenizer._word_pattern(False).findall(tokenizer._clean(text)):
+        ids = [vocabulary.byte_ids[byte] for byte in word.encode()]
+        ids[-1] += 256
+        expected += textbook_merge(ids, first)
+    assert encode(text, special_tokens=False, vocab_size=size) == expected
+
+
+@given(ANY_TEXT, SIZES, st.integers(2, 20))
+def test_a_small_vocabulary_gives_valid_rows(text, size, length):
+    ids = tokenize(text, length, truncate=True, special_tokens=False, vocab_size=size)[0]
+    assert ids[0] == size - 2 and ids.max() == ids[ids.argmax()] == size - 1
+    assert (ids == size - 1).sum() == 1 and not ids[ids.argmax() + 1 :].any()
+    assert (ids[1 : ids.argmax()] < size - 2).all()
+
+
+@given(PRINTABLE, SIZES)
+def test_a_small_vocabulary_decodes_what_it_encodes(text, size):
+    ids = encode(text, special_tokens=False, vocab_size=size)
+    assert decode(ids, vocab_size=size) == decode(encode(text, special_tokens=False))
+    assert encode(decode(ids, size), special_tokens=False, vocab_size=size) == ids
+
+
+def test_special_tokens_of_a_small_vocabulary_are_the_last_two():
+    assert tokenizer.special_ids() == (SOT, EOT)
+    ids = encode("<|startoftext|>a<|endoftext|>", vocab_size=1000)
+    assert ids == [998, 320, 999]
+    assert decode(ids, vocab_size=1000) == "<|startoftext|>a <|endoftext|>"
+    assert encode("a cat", vocab_size=514) == [256 + 64, 66, 64, 256 + 83]
+
+
+@pytest.mark.parametrize("size", [-1, 11, 513])
+def test_a_vocabulary_holds_at_least_the_bytes(size):
+    for call in (
+        lambda: tokenize("a", vocab_size=size),
+        lambda: encode("", vocab_size=size),
+        lambda: decode([], vocab_size=size),
+    ):
+        with pytest.raises(InputError, match=f"at least 514.*: {size} "):
+            call()
+
+
+def test_a_model_with_spare_embeddings_has_the_whole_vocabulary():
+    assert tokenize("a cat", vocab_size=50_000).tolist() == tokenize("a cat").tolist()
+    with pytest.raises(InputError, match=r"0 \.\. 999, not 1000"):
+        decode([1000], vocab_size=1000)
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_files_of_templates(tmp_path_factory, lines, end, has_mark):
     file = tmp_path_factory.mktemp("templates") / "templates.txt"
     text = ("\ufeff" if has_mark else "") + end.join(["", *templates, "  "])
     file.write_bytes(text.encode())
-    assert zeroshot._templates(file) == [t for t in templates if t]
+    assert zeroshot.as_templates(file) == [t for t in templates if t]
 
 
 def test_a_file_that_is_no_text(model, tmp_path):

@@ -32,20 +32,22 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from bench_peers import _processor
-from kernel_cases import OPS, Shape, Work
+from bench_peers import processor
+from kernel_cases import OPS
 from kernel_report import Row, markdown, text_table
+from kernel_work import Shape, Work
 from machine_rates import Machine, Timer
 from parity import replace_between_markers
 from roofline_svg import roofline
 
 import npclip
-from npclip import cpu, cpu_library, threads
-from npclip.kernels import reference, reference_resize
+from npclip import cpu, cpu_library, cpu_training, threads
+from npclip.kernels import reference, reference_backward, reference_resize
 from npclip.weights import to_bfloat16
 
 START, END = "<!-- kernels -->\n", "<!-- /kernels -->\n"
@@ -72,9 +74,14 @@ def kernels(op: str) -> list[Kernel]:
     return [name for name in names if cpu_library.kernel(*name) is not None]
 
 
+def _find(op: str, *modules: ModuleType) -> Callable[..., Any]:
+    function: Callable[..., Any] = next(getattr(m, op) for m in modules if hasattr(m, op))
+    return function
+
+
 def numpy_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], Any]]:
     """The op in NumPy, with so many copies of its weight."""
-    function = getattr(reference, kernel.op, None) or getattr(reference_resize, kernel.op)
+    function = _find(kernel.op, reference, reference_backward, reference_resize)
     call = partial(function, **work.arguments)
     if work.weight is None:
         return [call]
@@ -112,8 +119,9 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
         with (
             mock.patch.object(cpu_library, "kernel", record),
             mock.patch.multiple(cpu, kernel=record, _pointer=keep),
+            mock.patch.object(cpu_training, "_pointer", keep),
         ):
-            getattr(cpu, kernel.op)(**arguments)
+            _find(kernel.op, cpu_training, cpu)(**arguments)
     if len(recorded) != 1 or not all(isinstance(p, cpu.Packed) for p in packed):
         raise ValueError("no C kernel takes it")
     buffers = [pointer(p.buffer) for p in packed] or [None]
@@ -193,7 +201,7 @@ def describe(machine: Machine, rounds: int) -> dict[str, Any]:
     """The machine, versions and peaks, as --json writes them."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "isas": cpu_library.machine_isas(),
         "threads": threads.get_num_threads(),
         "cpus": threads.available_cpus(),

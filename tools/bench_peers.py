@@ -248,7 +248,8 @@ def _cosine(a: NDArray, b: NDArray) -> float:
     return float(((a * b).sum(-1) / norms).min())
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -296,7 +297,7 @@ def tables(cases: list, rounds: int, threads: int) -> str:
             versions.append(f"{module} {importlib.import_module(module).__version__}")
     isa = "NumPy" if cpu_library.why_unavailable() else f"kernels for {cpu_library.isas()[0]}"
     return (
-        f"Milliseconds a batch, {threads} threads of {_processor()} ({isa}), median of {rounds} "
+        f"Milliseconds a batch, {threads} threads of {processor()} ({isa}), median of {rounds} "
         f"interleaved rounds; in brackets, times npclip's. {', '.join(versions)}.\n\n{text}"
     )
 

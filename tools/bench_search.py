@@ -31,7 +31,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from bench_peers import _processor
+from bench_peers import processor
 from numpy.typing import NDArray
 from parity import write_or_print
 
@@ -184,7 +184,7 @@ def _table(
     lines = [
         f"The {NEAREST} nearest of {args.rows / 1e6:g} million x {args.dimension} float16 "
         f"({gigabytes:.1f} GB of .npy shards in the page cache), exact, seconds; "
-        f"{threads.get_num_threads()} threads of {_processor()}, median of {args.rounds} "
+        f"{threads.get_num_threads()} threads of {processor()}, median of {args.rounds} "
         f"interleaved rounds. Reading the rows alone takes {found['read']:.2f} s "
         f"({gigabytes / found['read']:.1f} GB/s). NumPy and FAISS searched {peer_rows / 1e6:g} "
         f"million rows; their times are scaled.\n",

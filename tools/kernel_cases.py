@@ -6,45 +6,15 @@ C kernels there are is not written here: the library's own symbols say (bench_ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+import training_cases
+from kernel_work import Op, Work, normal
 
 from npclip.config import OPENAI_MEAN, OPENAI_STD
 from npclip.kernels import reference_resize
 from npclip.ops import equal_seqlens
 
-Shape = tuple[int, ...]
 B1, B32 = "ViT-B/32, batch 1", "ViT-B/32, batch 32"
-
-
-@dataclass(frozen=True)
-class Work:
-    """One call of an op: float32 arguments by name, of reference.py's function and of cpu.py's."""
-
-    flop: float
-    arguments: dict[str, Any]
-    weight: NDArray[np.float32] | None = None  # what is packed for a kernel, if anything
-    kernel_arguments: dict[str, Any] | None = None  # where they are others
-    activations: tuple[str, ...] = ()  # arguments that come from another op, so may be bfloat16
-    stored: tuple[str, ...] = ()  # arguments that a kernel for float16 takes in float16
-
-
-@dataclass(frozen=True)
-class Op:
-    """axes: of a shape, as it is written. cases: shape -> where CLIP has it."""
-
-    axes: str
-    work: Callable[..., Work]  # of the sizes; ValueError where they do not fit
-    cases: dict[Shape, str]
-
-
-def normal(*shape: int) -> NDArray[np.float32]:
-    """Values of a normal distribution, the same for every call."""
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 def linear(n: int, k: int, m: int) -> Work:
@@ -228,6 +198,7 @@ OPS = {
     "resize": Op("HxWxR", resize, {
         (427, 640, 224): "a photo", (1536, 2048, 224): "a photo of 3 megapixels",
     }),
+    **training_cases.OPS,
 }  # fmt: skip
 README_CASES = (
     f"{B1}, c_fc", f"{B32}, c_fc", f"{B1}, proj", B1, B32, "RN50, batch 1, layer1 conv2",

@@ -25,12 +25,12 @@ export OPENBLAS_NUM_THREADS=1 NPCLIP_NUM_THREADS=3 PYTHONMALLOC=malloc
 for sanitizer in "${sanitizers[@]}"; do
   case $sanitizer in
     thread)
-      runtime=libtsan.so files=(tests/test_kernels.py tests/test_threads.py)
+      runtime=libtsan.so files=(tests/test_kernels.py tests/test_training_kernels.py tests/test_threads.py)
       select="not fork and not gunicorn and not multiprocessing and (threads or bits or layer_norm or patchify
         or avg_pool2d or (similarity and 333) or (linear and 97) or (conv2d and 130) or ((attention or attention_pool) and 50-64))"
       ;;
     *)
-      runtime=libasan.so files=(tests/test_kernels.py tests/test_resize.py)
+      runtime=libasan.so files=(tests/test_kernels.py tests/test_training_kernels.py tests/test_resize.py)
       select="not (amx and (test_linear and (768 or 1024) or bfloat16 and (257 or 577 or 1024)))"
       ;;
   esac

@@ -12,21 +12,22 @@ the working directory. "-" is standard input: a path a line of images, a text a 
 NUL-separated, as by `find -print0`, where its first bytes contain a NUL. A path that was given
 before, by itself or inside a folder, is not repeated; for that about 140 bytes are kept for each
 path that a list, a pattern or standard input names.
+
+open_pairs() gives images with their texts, for training.
 """
 
 from __future__ import annotations
 
-import glob
 import os
-import sys
 from collections.abc import Iterator, Sequence
 
 from ..errors import ImageError, InputError, InputTypeError
 from . import parquet, tars, texts
 from .items import ERRORS, Item, Kind, Options, Unique, failed_item, read_file
-from .walk import Walk, is_found, matches
+from .pairs import Pair, open_pairs
+from .walk import Walk, found, is_found
 
-__all__ = ["Item", "Kind", "open_sources", "read_path"]
+__all__ = ["Item", "Kind", "Pair", "open_pairs", "open_sources", "read_path"]
 
 
 def open_sources(
@@ -85,23 +86,12 @@ def _positions(text: str, part: str) -> Iterator[int]:
 
 def _check(source: str, options: Options) -> str | list[str]:
     """The source, or what its pattern matches. Raises InputError, see open_sources."""
-    if source == "-":
-        if sys.stdin is None:
-            raise InputError("-: there is no standard input")
-        return source
-    if os.path.lexists(source):
+    opened = found(source)
+    if isinstance(opened, list):
+        _check_columns(opened[0], options)
+    elif source != "-" and os.path.lexists(source):
         _check_file(source, options)
-        return source
-    if source.startswith("@"):
-        if not os.path.exists(source[1:]) or os.path.isdir(source[1:]):
-            raise InputError(f"{source}: there is no file {source[1:]!r}")
-        return source
-    if glob.has_magic(source):
-        if found := matches(source):
-            _check_columns(found[0], options)
-            return found
-        raise InputError(f"{source}: matches nothing")
-    raise InputError(f"{source}: no such file or folder")
+    return opened
 
 
 def _check_file(path: str, options: Options) -> None:

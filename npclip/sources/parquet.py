@@ -44,7 +44,7 @@ def is_parquet(path: str) -> bool:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[ParquetFile]:
+def opened(path: str) -> Iterator[ParquetFile]:
     """Raises InputError where pyarrow is missing, anything for a file that is none."""
     try:
         from pyarrow.parquet import ParquetFile
@@ -56,10 +56,10 @@ def _opened(path: str) -> Iterator[ParquetFile]:
         yield file
 
 
-def _column(file: ParquetFile, path: str, options: Options) -> str:
+def column_of(file: ParquetFile, path: str, options: Options) -> str:
     """The column of images or texts. Raises InputError where that is not clear."""
     schema = file.schema_arrow
-    fitting = [field.name for field in schema if _fits(field.type, options.kind)]
+    fitting = [field.name for field in schema if fits(field.type, options.kind)]
     if options.column in schema.names and options.column not in fitting:
         found = schema.field(options.column).type
         raise InputError(
@@ -76,7 +76,8 @@ class NoColumnError(InputError):
     """No column of a Parquet file could be one of images or texts."""
 
 
-def _fits(type: Any, kind: Kind) -> bool:
+def fits(type: Any, kind: Kind) -> bool:
+    """Whether a column of that type of pyarrow may have images, or texts."""
     from pyarrow import types
 
     if types.is_dictionary(type):
@@ -84,14 +85,14 @@ def _fits(type: Any, kind: Kind) -> bool:
     if kind == "text":
         return types.is_string(type) or types.is_large_string(type)
     if types.is_struct(type):  # Hugging Face's datasets.Image
-        return any(field.name == "bytes" and _fits(field.type, kind) for field in type)
+        return any(field.name == "bytes" and fits(field.type, kind) for field in type)
     return types.is_binary(type) or types.is_large_binary(type)
 
 
 def check_parquet(path: str, options: Options) -> None:
     """Raises InputError where pyarrow is missing or a file that can be read has no such columns."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             _columns(file, path, options)
     except InputError:
         raise
@@ -100,13 +101,13 @@ def check_parquet(path: str, options: Options) -> None:
 
 
 def _columns(file: ParquetFile, path: str, options: Options) -> tuple[str, str | None]:
-    column = _column(file, path, options)
+    column = column_of(file, path, options)
     if options.id_column is not None:
         from pyarrow import types
 
         pick_column(file.schema_arrow.names, (), options.id_column, path)
         type = file.schema_arrow.field(options.id_column).type
-        if not (types.is_integer(type) or _fits(type, "text")):
+        if not (types.is_integer(type) or fits(type, "text")):
             raise InputError(
                 f"{path}: ids are strings or integers, {options.id_column!r} is {type}"
             )
@@ -120,10 +121,10 @@ def parquet_items(path: str, options: Options) -> Iterator[Item]:
     """
     where, row = file_id(path), 0
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             column, id_column = _columns(file, path, options)
             at = path if options.column is None else f"{path}::{column}"
-            for value, id in _values(file, range(file.num_row_groups), column, id_column):
+            for value, id in row_values(file, range(file.num_row_groups), column, id_column):
                 yield _item(row_id(id, f"{where}::{row}"), f"{at}::{row}", value, options.kind)
                 row += 1
     except NoColumnError:
@@ -133,7 +134,7 @@ def parquet_items(path: str, options: Options) -> Iterator[Item]:
         yield failed_item(where, path, options.kind, reason)
 
 
-def _values(
+def row_values(
     file: ParquetFile, groups: range, column: str, id_column: str | None
 ) -> Iterator[tuple[Any, Any]]:
     """(value, id or None) of every row, in bounded memory."""
@@ -170,13 +171,13 @@ def _item(id: str, path: str, value: Any, kind: Kind) -> Item:
 def read_row(path: str, column: str | None, row: int) -> bytes:
     """The image in a row, counted from 0. Raises ImageError, saying why not."""
     try:
-        with _opened(path) as file:
-            name = _column(file, path, Options("image", column))
+        with opened(path) as file:
+            name = column_of(file, path, Options("image", column))
             first = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if first <= row < first + count:
-                    rows = _values(file, range(group, group + 1), name, None)
+                    rows = row_values(file, range(group, group + 1), name, None)
                     values = (value for i, (value, _) in enumerate(rows, first) if i == row)
                     if (value := next(values, rows)) is rows:
                         raise ImageError(f"{path} has fewer rows than its footer says")

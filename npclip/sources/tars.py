@@ -46,13 +46,15 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
 
 
-class _Capped:
+class Capped:
     """A file that never reads more than MAX_BYTES at once: headers, too, say their lengths."""
 
     def __init__(self, file: IO[bytes]) -> None:
+        """Of an open one."""
         self._file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int) -> bytes:
+        """Raises tarfile.ReadError for more."""
         if not 0 <= size <= MAX_BYTES:
             raise tarfile.ReadError(f"{size} bytes at once")
         return self._file.read(size)
@@ -72,20 +74,20 @@ def tar_items(path: str, kind: Kind) -> Iterator[Item]:
     try:
         check_regular(path)
         with open(path, "rb") as raw:
-            is_compressed = _is_compressed(raw)
-            file: Any = gzip.GzipFile(fileobj=raw) if is_compressed else raw
-            for name, member in _members(_Capped(file)):
+            compressed = is_compressed(raw)
+            file: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
+            for name, member in members(Capped(file)):
                 count += 1
                 if _is_wanted(member.name, kind):
                     at = f"{where}::{name}"
-                    data = file if is_compressed else None
+                    data = file if compressed else None
                     yield _item(at, f"{path}::{name}", path, member, data, kind)
     except Exception as error:  # tarfile, gzip and zlib fail in many ways on damaged files
         reason = f"damaged after {count} members: {reason_of(error)}" if count else reason_of(error)
         yield failed_item(where, path, kind, reason)
 
 
-def _members(file: _Capped) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def members(file: Capped) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """(unique name, header) of every member that is not a folder."""
     unique, end = Unique(), -1
     with tarfile.TarFile(
@@ -145,7 +147,8 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").rstrip("\r\n")
 
 
-def _is_compressed(raw: IO[bytes]) -> bool:
+def is_compressed(raw: IO[bytes]) -> bool:
+    """Whether it begins as gzip does."""
     found = raw.read(len(GZIP)) == GZIP
     raw.seek(0)
     return found
@@ -171,7 +174,7 @@ def read_member(path: str, name: str) -> bytes:
 def _index(path: str, size: int, changed: int) -> dict[str, tuple[int, int]]:
     """(offset, size) by name, of an uncompressed tar: all thumbnails of a page read it once."""
     with open(path, "rb") as raw:
-        if _is_compressed(raw):
+        if is_compressed(raw):
             return {}
     reads = ((item.path, item.read) for item in tar_items(path, "image"))
     return {

@@ -63,7 +63,7 @@ def line_items(
 
     with_hash: of the text in its id, for a stream that has other lines the next time.
     """
-    for path, line, is_whole in _numbered(stream, where, separator):
+    for path, line, is_whole in numbered_lines(stream, where, separator):
         hashed = f"::{text_hash(line)}" if with_hash else ""
         if not is_whole:
             yield failed_item(path, path, "text", f"a line of more than {MAX_LINE} bytes")
@@ -76,9 +76,10 @@ def text_hash(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _numbered(
+def numbered_lines(
     stream: IO[bytes], where: str, separator: bytes | None = b"\n"
 ) -> Iterator[tuple[str, str, bool]]:
+    """(where::number, line, whether it is whole); bytes that are no UTF-8 are surrogates in it."""
     for number, (piece, is_whole) in enumerate(pieces(stream, separator), 1):
         line = piece.decode("utf-8", "surrogateescape")
         yield f"{where}::{number}", line.removesuffix("\r"), is_whole
@@ -86,7 +87,7 @@ def _numbered(
 
 def _json_items(stream: IO[bytes], where: str, options: Options) -> Iterator[Item]:
     """Strings, or objects with the column."""
-    for path, line, is_whole in _numbered(stream, where):
+    for path, line, is_whole in numbered_lines(stream, where):
         if not is_whole:
             yield failed_item(path, path, "text", f"a line of more than {MAX_LINE} bytes")
             continue
@@ -117,7 +118,7 @@ def row_id(value: object, otherwise: str) -> str:
 Rows: TypeAlias = "Iterator[tuple[int, list[str] | str]]"
 
 
-def _rows(stream: IO[bytes], delimiter: str) -> Rows:
+def csv_rows(stream: IO[bytes], delimiter: str) -> Rows:
     """(number of the line at which it begins, fields, or why there are none)."""
     reader = csv.reader(_csv_lines(stream), delimiter=delimiter)
     while True:
@@ -142,7 +143,7 @@ def _csv_lines(stream: IO[bytes]) -> Iterator[str]:
 
 
 def _csv_items(stream: IO[bytes], where: str, options: Options, delimiter: str) -> Iterator[Item]:
-    rows = _rows(stream, delimiter)
+    rows = csv_rows(stream, delimiter)
     column, id_column, width = _columns(rows, where, options)
     for number, row in rows:
         path = f"{where}::{number}"
@@ -169,7 +170,11 @@ def _columns(rows: Rows, where: str, options: Options) -> tuple[int, int | None,
 
 
 def pick_column(
-    columns: Sequence[str], usual: Iterable[str], wanted: str | None, where: str
+    columns: Sequence[str],
+    usual: Iterable[str],
+    wanted: str | None,
+    where: str,
+    option: str = "--column NAME",
 ) -> str:
     """The column wanted, or else the only one, or the only one with a usual name.
 
@@ -183,7 +188,7 @@ def pick_column(
     for candidates in (named, columns):
         if len(candidates) == 1:
             return candidates[0]
-    raise InputError(f"{where}: which of the columns {_listed(columns)}? Say --column NAME")
+    raise InputError(f"{where}: which of the columns {_listed(columns)}? Say {option}")
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -205,7 +210,7 @@ def check_columns(path: str, options: Options) -> None:
         try:
             check_regular(path)
             with open(path, "rb") as stream:
-                _columns(_rows(stream, _delimiter(extension)), path, options)
+                _columns(csv_rows(stream, _delimiter(extension)), path, options)
         except OSError:
             return
 

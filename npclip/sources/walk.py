@@ -52,6 +52,28 @@ def matches(pattern: str) -> list[str]:
     return sorted(str(root / path) for path in found)
 
 
+def found(source: str) -> str | list[str]:
+    """The source, or what its pattern matches.
+
+    Raises InputError where it does not exist, or matches nothing.
+    """
+    if source == "-":
+        if sys.stdin is None:
+            raise InputError("-: there is no standard input")
+        return source
+    if os.path.lexists(source):
+        return source
+    if source.startswith("@"):
+        if not os.path.exists(source[1:]) or os.path.isdir(source[1:]):
+            raise InputError(f"{source}: there is no file {source[1:]!r}")
+        return source
+    if not glob.has_magic(source):
+        raise InputError(f"{source}: no such file or folder")
+    if not (matched := matches(source)):
+        raise InputError(f"{source}: matches nothing")
+    return matched
+
+
 class Walk:
     """Through the sources of one run: what was given before is not repeated."""
 

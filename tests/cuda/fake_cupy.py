@@ -30,10 +30,11 @@ DEFAULT_SHARED = 48 << 10  # of dynamic shared memory, before a kernel asks for 
 PROCESSORS, CACHE_BYTES = 7, 4096
 # NumPy's functions that are CuPy's, too, as far as they are called.
 FUNCTIONS = {
-    "absolute", "add", "atleast_2d", "bitwise_and", "clip", "concatenate", "copysign", "divide",
-    "empty", "exp", "full", "full_like", "left_shift", "less_equal", "matmul", "maximum",
-    "multiply", "ndim", "negative", "pad", "right_shift", "shape", "sliding_window_view", "sqrt",
-    "square", "subtract", "triu", "where",
+    "absolute", "add", "atleast_2d", "bitwise_and", "bitwise_or", "clip", "concatenate", "copysign",
+    "divide", "empty", "equal", "exp", "eye", "full", "full_like", "isfinite", "isnan",
+    "left_shift", "less_equal", "log", "matmul", "maximum", "minimum", "multiply", "ndim",
+    "negative", "pad", "right_shift", "shape", "sliding_window_view", "sqrt", "square", "subtract",
+    "triu", "vdot", "where", "zeros", "zeros_like",
 }  # fmt: skip
 
 
@@ -370,13 +371,14 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __setitem__(self, key, value):
         if isinstance(value, np.ndarray):
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
-        target = self[key]
         bare = value.values if isinstance(value, ndarray) else value
+        index = isinstance(key, ndarray)  # the rows of an array, of which self[key] is a copy
+        target = self if index else self[key]
 
         def work():
-            target.values[...] = bare
+            target.values[key.values if index else ...] = bare
 
-        self.gpus.put(work, [target, *([value] if isinstance(value, ndarray) else [])])
+        self.gpus.put(work, [a for a in (target, key, value) if isinstance(a, ndarray)])
 
     def astype(self, dtype, copy=True):
         if not copy and self.dtype == dtype:
@@ -418,7 +420,7 @@ def _reduction(name):
     return method
 
 
-for _name in ("max", "mean", "min", "sum", "any", "all", "argmax"):
+for _name in ("max", "mean", "min", "sum", "any", "all", "argmax", "diagonal"):
     setattr(ndarray, _name, _reduction(_name))
 
 
@@ -613,6 +615,9 @@ def module(capabilities=((8, 0),), version="14.2.0", error=None):
         result[...] = 0
         return result
 
+    def add_at(x, index, values):
+        gpus.put(lambda: np.add.at(x.values, index.values, values.values), [x, index, values])
+
     def from_dlpack(x):
         kind, ordinal = x.__dlpack_device__()
         if kind != 2:
@@ -668,6 +673,7 @@ def module(capabilities=((8, 0),), version="14.2.0", error=None):
         ndarray=ndarray,
         empty=gpus.allocate,
         zeros=zeros,
+        add=SimpleNamespace(at=add_at),
         asarray=asarray,
         ascontiguousarray=ascontiguousarray,
         asnumpy=lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),

@@ -162,10 +162,18 @@ def _read(item: Item, kind: Any) -> Any:
     return found
 
 
+def _pairs(path: str, **options: Any) -> None:
+    """Every pair has texts, and its image somewhere, or says why not."""
+    for pair in sources.open_pairs([path], **options):
+        assert bool(pair.texts) != bool(pair.reason), pair
+        assert pair.reason or pair.path
+        "".join(pair.texts).encode()
+
+
 def tar(data: bytes) -> None:
     """Images and texts in tar files."""
-    path = _file("a.tar", data)
-    _each(lambda: _items(str(path), "image"), lambda: _items(str(path), "text"))
+    path = str(_file("a.tar", data))
+    _each(lambda: _items(path, "image"), lambda: _items(path, "text"), lambda: _pairs(path))
 
 
 def parquet(data: bytes) -> None:
@@ -176,6 +184,7 @@ def parquet(data: bytes) -> None:
         lambda: _items(path, "image", suppressed=(errors.ImageError,)),
         lambda: _items(path, "text"),
         lambda: _items(path, "text", column="text", id_column="id"),
+        lambda: _pairs(path),
     )
 
 
@@ -198,6 +207,7 @@ def text_files(data: bytes) -> None:
     _each(
         lambda: _items(path, "text"),
         lambda: _items(path, "text", column="text", id_column="id"),
+        lambda: _pairs(path, image_column="id", text_column="text"),
     )
 
 
