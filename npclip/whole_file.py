@@ -1,8 +1,9 @@
-"""Files that are whole whenever they exist."""
+"""Files and folders that are whole whenever they exist."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,24 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # there is none after success
             part.unlink()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that gets path's name when the block ends, with its files on the disk; where the
+    block raises, nothing is left. Raises OSError, also where path has something in it by then."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(temporary)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there is none after success
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from npclip.whole_file import replacing
+from npclip.whole_file import new_folder, replacing
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -36,3 +36,17 @@ def test_the_longest_of_names_and_two_at_a_time(tmp_path):
         other.write(b"other")
     assert path.read_bytes() == b"one"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "above" / "folder"
+    with new_folder(path) as place:
+        (place / "file").write_bytes(b"new")
+        assert not path.exists()
+    assert os.listdir(path.parent) == ["folder"] and os.listdir(path) == ["file"]
+    for error in (KeyboardInterrupt, OSError):  # the second: there is one of that name
+        with pytest.raises(error), new_folder(path) as place:
+            (place / "other").write_bytes(b"new")
+            if error is KeyboardInterrupt:
+                raise KeyboardInterrupt
+        assert os.listdir(path.parent) == ["folder"] and os.listdir(path) == ["file"]

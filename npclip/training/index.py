@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
-import shutil
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ import numpy as np
 from ..errors import InputError, TrainingError
 from ..sources import Pair
 from ..sources.items import read_file
-from ..whole_file import sync_folder
+from ..whole_file import new_folder
 
 PAIRS, OFFSETS, IMAGES, FAILED, ABOUT = (
     *("pairs.jsonl", "offsets.npy", "images.bin"),
@@ -97,19 +95,8 @@ def build_index(
     folder: it appears complete or not at all. on_progress: called with the number of pairs now and
     then. Raises InputError where there is no pair, with the first reason; OSError.
     """
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        _write(pairs, temporary, on_progress, most)
-        for file in temporary.iterdir():
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there is none after success
+    with new_folder(Path(folder)) as place:
+        _write(pairs, place, on_progress, most)
     return Index(folder)
 
 
@@ -126,7 +113,7 @@ def _write(
             if pair.reason:
                 reason = reason if failed else f"{pair.id}: {pair.reason}"
                 failed += 1
-                failures.write(_line({"id": pair.id, "reason": pair.reason}))
+                failures.write(json_line({"id": pair.id, "reason": pair.reason}))
                 continue
             if pair.data is not None:
                 start = images.tell()
@@ -135,7 +122,7 @@ def _write(
             elif pair.size is not None and pair.path not in files:
                 files[pair.path] = os.path.getsize(pair.path)
             record = Record(pair.id, pair.texts, pair.path, pair.start, pair.size)
-            lines.write(_line(asdict(record)))
+            lines.write(json_line(asdict(record)))
             offsets.append(lines.tell())
             if on_progress and len(offsets) % 1024 == 0:
                 on_progress(len(offsets) - 1)
@@ -148,6 +135,6 @@ def _write(
     (folder / ABOUT).write_text(json.dumps(about), "utf-8")
 
 
-def _line(value: dict[str, Any]) -> bytes:
-    """ASCII, so that paths of any bytes survive."""
+def json_line(value: dict[str, Any]) -> bytes:
+    """With its end; ASCII, so that paths of any bytes survive."""
     return json.dumps(value).encode() + b"\n"

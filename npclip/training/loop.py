@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import threading
@@ -18,7 +17,7 @@ from ..config import Config, Metadata
 from ..errors import TrainingError
 from .curves import write_curves
 from .data import Batch, Loader
-from .index import Record
+from .index import Record, json_line
 from .optim import AdamW
 from .parameters import Freeze
 from .run_folder import FAILED, LOG, Log, RunFolder, cut_partial_line, read_rows
@@ -196,7 +195,7 @@ class Training:
         self.failed.update(record.id for record, _ in new)
         with open(self.folder.path / FAILED, "ab") as stream:
             for record, reason in new:
-                stream.write(json.dumps({"id": record.id, "reason": reason}).encode() + b"\n")
+                stream.write(json_line({"id": record.id, "reason": reason}))
 
     def _error(self, text: str, until: int | None = None) -> TrainingError:
         return TrainingError(f"{text}; {self.folder.last_good(until)}")

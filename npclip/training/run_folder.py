@@ -25,6 +25,7 @@ from ..config import Config, Metadata
 from ..errors import InputError, TrainingError
 from ..whole_file import SUFFIX, replacing
 from .checked import to_toml
+from .index import json_line
 from .settings import Settings, differences, read_settings
 from .state import State, save
 
@@ -157,13 +158,13 @@ class Log:
         with replacing(path) as stream:
             for row in read_rows(path) if step else ():
                 if row["step"] <= step:
-                    stream.write(_line(row))
+                    stream.write(json_line(row))
                     self.evaluations += [row] if "evaluation" in row else []
         self._stream = open(path, "ab")  # noqa: SIM115 - until close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one."""
-        self._stream.write(_line(row))
+        self._stream.write(json_line(row))
         self._stream.flush()
         if "evaluation" in row:
             self.evaluations.append(row)
@@ -187,7 +188,3 @@ def cut_partial_line(path: Path) -> None:
     """Off the end of a file, where a kill or a full disk left it; more lines may follow then."""
     with suppress(FileNotFoundError), open(path, "rb+") as stream:
         stream.truncate(sum(len(line) for line in stream if line.endswith(b"\n")))
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"

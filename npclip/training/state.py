@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
-import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +20,7 @@ from ..errors import CheckpointError, TrainingError
 from ..ops import is_device_array, open_device
 from ..safetensors_file import read_safetensors, write_safetensors
 from ..tensor import MappedFile, Tensor
-from ..whole_file import sync_folder
+from ..whole_file import new_folder
 from .parameters import Flat, check_trainable
 
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
@@ -90,25 +87,15 @@ def save(state: State, folder: str | Path, config: Config, metadata: Metadata) -
         for kind, arrays in (("m", state.m), ("v", state.v))
         for name, x in arrays.items()
     }
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        _write(params, temporary / MODEL, metadata.to_strings())
-        _write(moments, temporary / TRAINING, {"state": json.dumps(_progress(state))})
-        sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there is none after success
+    with new_folder(folder) as place:
+        _write(params, place / MODEL, metadata.to_strings())
+        _write(moments, place / TRAINING, {"state": json.dumps(_progress(state))})
 
 
 def _write(arrays: Flat, path: Path, strings: dict[str, str]) -> None:
-    """A file that is on the disk when this returns. Raises OSError."""
     tensors = {k: Tensor(x.shape, x.dtype.name, partial(np.asarray, x)) for k, x in arrays.items()}
     with open(path, "xb") as stream:
         write_safetensors(stream, tensors, strings)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def restore(folder: str | Path) -> tuple[State, Config, Metadata]:
