@@ -66,13 +66,18 @@ def rounded(x, kind):
     return widen(narrow(x, kind), np.float32)
 
 
-def baseline(q, k, v, kind, causal):
-    """Attention of one head in float32, whose weights are rounded to a kind before they weigh."""
+def baselines(q, k, v, kind, causal):
+    """Attention of one head in float32, whose weights are rounded to a kind before they weigh.
+
+    For the largest weight being 1, 2^1/4, 2^1/2 and 2^3/4: a kernel may weigh by any score that it
+    has seen, and the rounding of a weight of 1, which is exact, says nothing of another.
+    """
     s = q @ k.T * np.float32(q.shape[1] ** -0.5)
     if causal:
         s[np.triu_indices(len(s), 1)] = -np.inf
     weights = np.exp(s - s.max(1, keepdims=True))
-    return rounded(weights, kind) @ v / weights.sum(1, keepdims=True)
+    scaled = [weights * np.float32(2 ** (i / 4)) for i in range(4)]
+    return np.array([rounded(w, kind) @ v / w.sum(1, keepdims=True) for w in scaled])
 
 
 def rounding_of_scores(q, k, v):
@@ -127,15 +132,15 @@ def check_one_attention(run, rng, kind, width, lengths, causal, scale, longest):
         return
     wanted = reference.attention(widen(qkv[inside]), filled, HEADS, causal)
     heads = widen(qkv[inside], np.float32).reshape(-1, 3, HEADS, width)
-    base = np.empty((len(heads), HEADS, width), np.float32)
+    base = np.empty((4, len(heads), HEADS, width), np.float32)
     rounding = "f32" if width % 8 else kind  # on tensor cores only
     scores = 0.0
     for i, j in pairwise(filled):
         for head in range(HEADS):
             q, k, v = heads[i:j, :, head].transpose(1, 0, 2)
             scores = max(scores, rounding_of_scores(q, k, v))
-            base[i:j, head] = baseline(q, k, v, rounding, causal)
-    assert_close(o[inside], wanted, base.reshape(wanted.shape), kind, scores)
+            base[:, i:j, head] = baselines(q, k, v, rounding, causal)
+    assert_close(o[inside], wanted, base.reshape(4, *wanted.shape), kind, scores)
 
 
 def check_pool(run, rng, kind, width, lengths, scale=1.0):
