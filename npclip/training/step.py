@@ -65,42 +65,29 @@ def train_step(
     loss scale is changed; InputError for what cannot be trained or does not fit.
     """
     with ops.on_device_of(state.params["logit_scale"]):
-        return _train_step(state, images, ids, config, optimizer, micro_batch, freeze, dtype)
-
-
-def _train_step(
-    state: State,
-    images: Array,
-    ids: Array,
-    config: Config,
-    optimizer: AdamW,
-    micro_batch: int | None,
-    freeze: Freeze,
-    dtype: str,
-) -> Step:
-    while True:
-        scale = state.loss_scale if dtype == "float16" else 1.0
-        loss, gradients = loss_and_gradients(
-            state.params, images, ids, config, micro_batch, freeze, dtype, scale
-        )
-        norm = global_norm(gradients) / scale
-        if math.isfinite(norm):
-            break
-        if scale <= 1:
-            raise TrainingError(_culprit(gradients))
-        state.loss_scale, state.steady_steps = scale / 2, 0  # and once more
-    factor = optimizer.clip_factor(norm) / scale
-    optimizer.update(state.params, gradients, state.m, state.v, state.step, factor)
-    logit_scale = state.params["logit_scale"]
-    if "logit_scale" in gradients:
-        np.minimum(logit_scale, MAX_LOGIT_SCALE, out=logit_scale)
-    rate = optimizer.learning_rate_at(state.step)
-    state.step += 1
-    state.steady_steps += dtype == "float16"
-    if state.steady_steps >= GROWTH_STEPS:
-        state.loss_scale, state.steady_steps = min(2 * state.loss_scale, MAX_LOSS_SCALE), 0
-    accuracies = loss.image_accuracy, loss.text_accuracy
-    return Step(loss.value, *accuracies, norm, rate, math.exp(float(logit_scale)))
+        while True:
+            scale = state.loss_scale if dtype == "float16" else 1.0
+            loss, gradients = loss_and_gradients(
+                state.params, images, ids, config, micro_batch, freeze, dtype, scale
+            )
+            norm = global_norm(gradients) / scale
+            if math.isfinite(norm):
+                break
+            if scale <= 1:
+                raise TrainingError(_culprit(gradients))
+            state.loss_scale, state.steady_steps = scale / 2, 0  # and once more
+        factor = optimizer.clip_factor(norm) / scale
+        optimizer.update(state.params, gradients, state.m, state.v, state.step, factor)
+        logit_scale = state.params["logit_scale"]
+        if "logit_scale" in gradients:
+            np.minimum(logit_scale, MAX_LOGIT_SCALE, out=logit_scale)
+        rate = optimizer.learning_rate_at(state.step)
+        state.step += 1
+        state.steady_steps += dtype == "float16"
+        if state.steady_steps >= GROWTH_STEPS:
+            state.loss_scale, state.steady_steps = min(2 * state.loss_scale, MAX_LOSS_SCALE), 0
+        accuracies = loss.image_accuracy, loss.text_accuracy
+        return Step(loss.value, *accuracies, norm, rate, math.exp(float(logit_scale)))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found afterwards
