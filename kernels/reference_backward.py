@@ -17,7 +17,12 @@ from .reference import erf, join_patches, scale_of, softmax, split_heads
 
 def linear_backward(x, weight, dy):  # [N, K], [M, K], [N, M] -> [N, K], [M, K], [M]
     """y = x weight^T + bias: dx, dweight, dbias"""
-    return dy @ weight, dy.T @ x, dy.sum(0)
+    return dy @ weight, linear_weight_backward(x, dy), dy.sum(0)
+
+
+def linear_weight_backward(x, dy):  # [N, K], [N, M] -> [M, K]
+    """y = x weight^T: dweight"""
+    return dy.T @ x
 
 
 def quick_gelu_backward(x, dy):

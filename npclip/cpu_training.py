@@ -1,20 +1,82 @@
 """The ops of training by the C kernels, under the names and signatures of the reference.
 
 As cpu.py: what no kernel computes (another dtype, sequences longer than a kernel takes) goes to the
-reference. Here all is float32; results do not depend on the number of threads.
+reference. Here all is float32, and so is what Rounded multiplies, after it was rounded to bfloat16;
+results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from .cpu import _as, _empty, _fits, _pointer, _stored
-from .cpu_library import best
+from . import cpu
+from .cpu import MAX_DEPTH, _aligned, _as, _empty, _fits, _pointer, _stored
+from .cpu_library import best, kernel
 from .kernels import reference, reference_backward
+from .weights import Packed
 
 Array = Any
+
+
+class Rounded:
+    """A weight [M, K] whose products are of values rounded to bfloat16, with sums in float32.
+
+    It is packed when it is first needed, and must not change afterwards: one for each step.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, weight: Array) -> None:
+        """weight: float32, K and M at most MAX_DEPTH."""
+        self._weight = weight
+
+    @staticmethod
+    def is_possible(dtype: Any) -> bool:
+        """Whether this machine has kernels that multiply bfloat16, for parameters of a dtype."""
+        return dtype == np.float32 and best("linear_weight_backward", "bf16")[0] is not None
+
+    @functools.cached_property
+    def _forward(self) -> Packed:
+        return _round_pack(self._weight)
+
+    @functools.cached_property
+    def _backward(self) -> Packed:
+        return _round_pack(self._weight.T)
+
+    def linear(self, x: Array, bias: Array = None, residual: Array = None) -> Array:
+        """[N, K] -> [N, M]: x weight^T + bias + residual"""
+        return cpu.linear(x, self._forward, bias, None, residual)
+
+    def linear_backward(self, dy: Array) -> Array:
+        """[N, M] -> dx [N, K]"""
+        return cpu.linear(dy, self._backward)
+
+
+def linear_weight_backward(x: Array, dy: Array) -> Array:
+    """[N, K], [N, M] -> dweight [M, K], where a Rounded is possible: as its products."""
+    (n, k), m = x.shape, dy.shape[1]
+    run, dw = best("linear_weight_backward", "bf16")[0], np.zeros((m, k), np.float32)
+    for i in range(0, n, MAX_DEPTH):
+        rows, part = _as(dy[i : i + MAX_DEPTH], "f32"), _empty((m, k), "f32")
+        packed = _round_pack(x[i : i + MAX_DEPTH].T)
+        run(_pointer(rows), _pointer(packed.buffer), _pointer(part), len(rows), k, m)
+        dw = part if n <= MAX_DEPTH else dw + part
+    return dw
+
+
+def _round_pack(weight: Array) -> Packed:
+    """[M, K] in the layout of linear_bf16; the transpose of an array in C order is not copied."""
+    is_transposed = not weight.flags.c_contiguous and weight.T.flags.c_contiguous
+    stored = _as(weight.T if is_transposed else weight, "f32")
+    op = "round_pack_transposed" if is_transposed else "round_pack"
+    (m, k), (run, isa) = weight.shape, best(op, "bf16")
+    buffer = _aligned(kernel("packed_size", "", isa)(m, k), np.uint16)
+    run(_pointer(stored), _pointer(buffer), m, k)
+    return Packed((m, k), "bf16", isa, buffer, "f32")
+
 
 ROWS = 32  # of a block that layer_norm_backward adds up first
 

@@ -18,7 +18,7 @@ from npclip.config import Metadata, tensor_shapes
 from npclip.errors import BackendError, CheckpointError, InputError, TrainingError
 from npclip.training import AdamW, Freeze, State, loss_and_gradients, train_step
 from npclip.training.optim import decays, global_norm
-from npclip.training.step import ENCODERS
+from npclip.training.step import ENCODERS, draw_patches
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 BATCH = 7
@@ -64,15 +64,16 @@ def test_every_parameter_has_a_gradient_of_its_shape():
     assert {g.dtype for g in gradients.values()} == {np.dtype(np.float64)}
 
 
-def test_gradients_are_differences_of_the_loss():
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_are_differences_of_the_loss(dropout):
     rng, start = new_rng(), params()
-    data = batch(rng)
-    _, gradients = loss_and_gradients(start, *data, VIT)
+    data, kept = batch(rng), draw_patches(rng, BATCH, VIT.grid**2, dropout)
+    _, gradients = loss_and_gradients(start, *data, VIT, kept=kept)
     direction = {k: rng.standard_normal(x.shape) for k, x in start.items()}
 
     def loss(step):
         moved = {k: np.asarray(x + step * direction[k]) for k, x in start.items()}
-        return loss_and_gradients(moved, *data, VIT)[0].value
+        return loss_and_gradients(moved, *data, VIT, kept=kept)[0].value
 
     expected = (8 * (loss(1e-4) - loss(-1e-4)) - loss(2e-4) + loss(-2e-4)) / 12e-4
     found = sum(np.sum(gradients[k] * d) for k, d in direction.items())
@@ -80,10 +81,12 @@ def test_gradients_are_differences_of_the_loss():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 7, 100])
-def test_micro_batches_give_the_gradient_of_the_batch(micro_batch):
-    data = batch(new_rng())
-    whole, expected = loss_and_gradients(params(), *data, VIT)
-    loss, gradients = loss_and_gradients(params(), *data, VIT, micro_batch)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_micro_batches_give_the_gradient_of_the_batch(micro_batch, dropout):
+    rng = new_rng()
+    data, kept = batch(rng), draw_patches(rng, BATCH, VIT.grid**2, dropout)
+    whole, expected = loss_and_gradients(params(), *data, VIT, kept=kept)
+    loss, gradients = loss_and_gradients(params(), *data, VIT, micro_batch, kept=kept)
     assert abs(loss.value - whole.value) <= 1e-12
     assert loss.image_accuracy == whole.image_accuracy
     assert set(gradients) == set(expected)
@@ -91,6 +94,32 @@ def test_micro_batches_give_the_gradient_of_the_batch(micro_batch):
     worst = max(errors, key=errors.get)
     print(f"{errors[worst]:.1e}, {worst}")
     assert errors[worst] <= 1e-10, worst
+
+
+def test_patches_are_drawn_anew_for_each_image():
+    kept = draw_patches(new_rng(), 50, 36, 0.5)
+    assert kept.shape == (50, 19)
+    assert (kept[:, 0] == 0).all() and (np.diff(kept) > 0).all() and kept.max() <= 36
+    assert len(np.unique(kept, axis=0)) == 50
+    counts = np.bincount(kept.ravel(), minlength=37)[1:]
+    assert counts.min() > 5  # each is kept 25 times of 50, on average
+    assert draw_patches(new_rng(), 3, 4, 0.99).shape == (3, 2)
+    for dropout in (-0.1, 1.0, math.nan):
+        with pytest.raises(InputError, match="patch_dropout must be within 0"):
+            draw_patches(new_rng(), 3, 4, dropout)
+
+
+def test_without_dropout_nothing_is_drawn_and_all_patches_are_as_none_dropped():
+    rng, data = new_rng(), batch(np.random.default_rng(0))
+    before = rng.bit_generator.state
+    assert draw_patches(rng, BATCH, VIT.grid**2, 0.0) is None
+    assert rng.bit_generator.state == before
+    every = np.tile(np.arange(VIT.grid**2 + 1), (BATCH, 1))
+    loss, gradients = loss_and_gradients(params(), *data, VIT, kept=every)
+    assert loss.value == loss_and_gradients(params(), *data, VIT)[0].value
+    some = loss_and_gradients(params(), *data, VIT, kept=every[:, :-1])[1]
+    assert not some["visual.positional_embedding"][-1].any()
+    assert gradients["visual.positional_embedding"][-1].any()
 
 
 FROZEN = {
@@ -136,16 +165,19 @@ def test_nothing_is_computed_below_what_is_trained(monkeypatch):
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, micro_batch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_batch": 3}, {"patch_dropout": 0.5, "micro_batch": 3}, {"dtype": "bfloat16"}],
+)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, options):
     unbroken = State.start(params(np.float32), seed=3)
-    losses = run(unbroken, 6, micro_batch=micro_batch)
+    losses = run(unbroken, 6, **options)
     broken = State.start(params(np.float32), seed=3)
-    first = run(broken, 2, micro_batch=micro_batch)
+    first = run(broken, 2, **options)
     training.save(broken, tmp_path / "step-2", VIT, Metadata())
     resumed, config, _ = training.restore(tmp_path / "step-2")
     assert (resumed.step, config) == (2, VIT)
-    assert first + run(resumed, 4, micro_batch=micro_batch) == losses
+    assert first + run(resumed, 4, **options) == losses
     for field in ("params", "m", "v"):
         assert_same_bits(getattr(resumed, field), getattr(unbroken, field))
     assert resumed.rng.bit_generator.state == unbroken.rng.bit_generator.state

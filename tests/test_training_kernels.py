@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from kernel_rule import assert_close, new_rng, normal, sequences, widened
 
-from npclip import cpu, cpu_library, cpu_training, threads
+from npclip import cpu, cpu_library, cpu_training, threads, weights
 from npclip.kernels import reference, reference_backward
 
 if reason := cpu_library.why_unavailable():
@@ -220,12 +220,16 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, rng):
             cpu_training.square_sums(values),
         ]
 
+    assert_same_on_any_threads(everything)
+
+
+def assert_same_on_any_threads(compute):
     chosen = threads.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             threads.set_num_threads(count)
-            results.append(everything())
+            results.append(compute())
     finally:
         threads.set_num_threads(chosen)
     for other in results[1:]:
@@ -264,7 +268,82 @@ def test_the_functions_have_the_names_and_signatures_of_the_specification():
         for name, function in inspect.getmembers(cpu_training, inspect.isfunction)
         if function.__module__ == cpu_training.__name__ and not name.startswith("_")
     }
-    assert len(functions) == 11
+    assert len(functions) == 12
     for name, function in functions.items():
         specified = inspect.signature(specification(name)).parameters
         assert inspect.signature(function).parameters.keys() == specified.keys(), name
+
+
+PAIR_ISAS = [isa for isa in cpu_library.machine_isas() if isa in cpu.PAIRS]
+
+
+@pytest.fixture(params=PAIR_ISAS or [None])
+def pairs(request, monkeypatch):
+    """The same for the ISAs that multiply bfloat16."""
+    if request.param is None:
+        pytest.skip("no ISA of this machine multiplies bfloat16")
+    monkeypatch.setattr(cpu_library, "isas", lambda: (request.param, "avx512"))
+    return request.param
+
+
+def seen(x):
+    """A float32 array as products of bfloat16 take it, in float64."""
+    return weights.round_to(x, "bfloat16").astype(float)
+
+
+def assert_sums(found, a, b):
+    """found is a @ b, a rounding in float32 for every product aside."""
+    depth, exact = a.shape[1], a @ b
+    error = 1e-6 + np.finfo(np.float32).eps * depth**0.5 * (np.abs(a) @ np.abs(b)).max(initial=0)
+    assert found.dtype == np.float32 and found.shape == exact.shape
+    assert np.abs(found - exact).max(initial=0) <= error
+
+
+PRODUCTS = [  # N, K, M
+    (50, 768, 3072), (197, 768, 512), (1, 768, 512), (1, 1, 1), (7, 15, 17), (15, 385, 33),
+    (769, 16, 31), (17, 383, 97), (31, 1, 16), (33, 97, 1), (193, 384, 64), (400, 27, 40),
+    (5000, 13, 8), (0, 8, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_of_rounded_values(pairs, rng, shape):
+    n, k, m = shape
+    x, dy, weight = normal(rng, n, k), normal(rng, n, m), normal(rng, m, k, scale=k**-0.5)
+    bias, residual = normal(rng, m), normal(rng, n, m)
+    for w in (weight, np.asfortranarray(weight), np.ascontiguousarray(weight[::-1])[::-1]):
+        rounded = cpu_training.Rounded(w)
+        assert_sums(rounded.linear(x), seen(x), seen(weight).T)
+        assert_sums(rounded.linear_backward(dy), seen(dy), seen(weight))
+    y = cpu_training.Rounded(weight).linear(x, bias, residual)
+    assert_sums(y - bias - residual, seen(x), seen(weight).T)
+    assert_sums(cpu_training.linear_weight_backward(x, dy), seen(dy).T, seen(x))
+
+
+def test_long_sums_are_cut(pairs, rng, monkeypatch):
+    x, dy = normal(rng, 500, 9), normal(rng, 500, 7)
+    whole = cpu_training.linear_weight_backward(x, dy)
+    monkeypatch.setattr(cpu_training, "MAX_DEPTH", 160)
+    cut = cpu_training.linear_weight_backward(x, dy)
+    assert_sums(cut, seen(dy).T, seen(x))
+    assert np.abs(whole - cut).max() > 0
+
+
+@pytest.mark.parametrize("shape", [(3072, 768), (17, 15), (1, 1), (33, 97), (97, 33)], ids=str)
+def test_packing_rounds_to_nearest_even(pairs, rng, shape):
+    weight = normal(rng, *shape)
+    weight.reshape(-1)[::3] = np.float32(1 + 2**-8) * np.sign(weight.reshape(-1)[::3])  # halfway
+    for w in (weight, weight.T):
+        expected = cpu.pack(np.ascontiguousarray(w), "bfloat16")
+        np.testing.assert_array_equal(cpu_training._round_pack(w).buffer, expected.buffer)
+
+
+def test_products_have_the_same_bits_on_any_number_of_threads(pairs, rng):
+    x, dy, weight = normal(rng, 3000, 97), normal(rng, 3000, 130), normal(rng, 130, 97)
+
+    def products():
+        rounded = cpu_training.Rounded(weight)
+        backward = cpu_training.linear_weight_backward(x, dy)
+        return [rounded.linear(x), rounded.linear_backward(dy), backward]
+
+    assert_same_on_any_threads(products)

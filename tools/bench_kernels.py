@@ -97,6 +97,8 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
 
     def record(op: str, dtype: str, isa: str) -> Any:
         function = find(op, dtype, isa)
+        if op != kernel.op:  # packs
+            return function
         return function and (lambda *arguments: recorded.append(arguments))
 
     def keep(x: Any) -> int | None:
@@ -125,7 +127,8 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
     if len(recorded) != 1 or not all(isinstance(p, cpu.Packed) for p in packed):
         raise ValueError("no C kernel takes it")
     buffers = [pointer(p.buffer) for p in packed] or [None]
-    nbytes = sum(a.nbytes for a in kept if a is not None and pointer(a) != buffers[0])
+    moved = {pointer(a): a.nbytes for a in kept if a is not None and pointer(a) in recorded[0]}
+    nbytes = work.nbytes or sum(size for at, size in moved.items() if at != buffers[0])
     kept += packed
     calls = []
     for buffer in buffers:  # in place of the first one's
@@ -142,7 +145,7 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
     """NumPy and these kernels of one op at one shape. ValueError for a shape they do not take."""
     op = chosen[0].op
     work = OPS[op].work(*shape)
-    numpy = Kernel(op, "f32" if work.weight is not None else chosen[0].dtype, "")
+    numpy = Kernel(op, "u8" if chosen[0].dtype == "u8" else "f32", "")
     everyone = [*chosen, numpy]
     timers, nbytes, states = {}, {}, {}
     for kernel in everyone:
@@ -188,7 +191,9 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
 
 
 def _nbytes(work: Work, numpy: Kernel) -> int:
-    """Of all arrays that a call reads and writes, but the weight."""
+    """What a call reads and writes, but the weight."""
+    if work.nbytes:
+        return work.nbytes
     moved = work.kernel_arguments
     if moved is None:
         result = numpy_calls(work, numpy, 1)[0]()

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Time a step of training beside torch's eager float32 with its AdamW, and where its time goes.
+"""Time a step of training beside torch's eager mode with its AdamW, and where its time goes.
 
     python tools/bench_training.py [--batch 32] [--rounds 5] [--write docs/training.md]
 
 Both train openai/CLIP's architecture from the same weights on the same random pictures and texts of
 5 to 20 tokens. Steps alternate, and the figure is the median. torch computes all 77 positions of a
 text, as openai/CLIP does; --cut gives it texts cut to the longest of the batch, which only changes
-what is padding. --cpu-time is for a machine that others use, with one thread. A profiled step, on
-its own, gives the milliseconds of each op of ours. The floor is what the matrix products and the
-heads' would take at the rate of NumPy's own product of 2048 x 2048 matrices, timed in the same
-rounds, and nothing else.
+what is padding. In bfloat16 torch runs under its autocast. --cpu-time is for a machine that others
+use, with one thread. A profiled step, on its own, gives the milliseconds of each op of ours. The
+floor is what the matrix products and the heads' would take at the rate of NumPy's own product of
+2048 x 2048 matrices, timed in the same rounds, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ OTHERS = ("contrastive", "flatten", "global_norm")  # of step.py
 VITS = [name for name in ARCHITECTURES if name.startswith("ViT")]
 CUBE = 2048  # the floor's matrices
 START, END = "<!-- speed -->\n", "<!-- /speed -->\n"
-NAMES = {"npclip": "npclip", "torch": "torch eager, its AdamW", "floor": "floor"}
+NAMES = {"npclip": "npclip", "torch": "torch eager, its AdamW"}
 PAUSE = 0.2  # seconds in which threads that spin while they wait fall asleep
 
 
@@ -77,8 +78,8 @@ def tower_flops(width: int, layers: int, lengths: list[int], embed_dim: int) -> 
 
 def torch_step(
     config: Config, params: dict[str, np.ndarray], images: np.ndarray, ids: np.ndarray, cut: bool
-) -> Callable[[], float]:
-    """A step of openai/CLIP's model in torch: forward, backward, AdamW."""
+) -> Callable[[str], float]:
+    """A step of openai/CLIP's model in torch, in a dtype: forward, backward, AdamW."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -94,10 +95,11 @@ def torch_step(
     pixels, tokens = torch.from_numpy(images), torch.from_numpy(ids[:, :length])
     own = torch.arange(len(images))
 
-    def run() -> float:
+    def run(dtype: str) -> float:
         adam.zero_grad()
-        by_image, by_text = model(pixels, tokens)
-        loss = (cross_entropy(by_image, own) + cross_entropy(by_text, own)) / 2
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            by_image, by_text = model(pixels, tokens)
+            loss = (cross_entropy(by_image, own) + cross_entropy(by_text, own)) / 2
         loss.backward()
         adam.step()
         return loss.item()
@@ -164,52 +166,62 @@ def main() -> None:
     config = ARCHITECTURES[args.model]
     params, data = initialize(config), random_batch(config, args.batch)
     state, optimizer = State.start(params), AdamW(steps=1000, learning_rate=1e-5)
-    steps: dict[str, Callable[[], Any]] = {
-        "npclip": lambda: train_step(state, *data, config, optimizer)
+    dtypes = "float32", "bfloat16"
+    steps: dict[tuple[str, str], Callable[[], Any]] = {
+        ("npclip", dtype): partial(train_step, state, *data, config, optimizer, dtype=dtype)
+        for dtype in dtypes
     }
     if not args.no_torch:
         import torch
 
         torch.set_num_threads(args.threads)
-        steps["torch"] = torch_step(config, params, *data, args.cut)
+        torchs = torch_step(config, params, *data, args.cut)
+        steps |= {("torch", dtype): partial(torchs, dtype) for dtype in dtypes}
     cube = np.random.default_rng(0).standard_normal((CUBE, CUBE), np.float32)
-    steps["product"] = lambda: cube @ cube
-    flops = step_flops(config, data[1])
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    steps["product", "float32"] = lambda: cube @ cube
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
     for round_ in range(args.rounds + 1):  # the first, which warms up, does not count
         for name, run in steps.items():
             time.sleep(PAUSE)
             if (spent := seconds(run, clock)) and round_:
                 times[name].append(spent)
-    write_or_print(
-        args.write, report(args, times, flops, profile(steps["npclip"], clock)), START, END
-    )
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    spent_in = {dtype: profile(steps["npclip", dtype], clock) for dtype in dtypes}
+    text = report(args, medians, step_flops(config, data[1]), spent_in)
+    write_or_print(args.write, text, START, END)
 
 
 def report(
     args: argparse.Namespace,
-    times: dict[str, list[float]],
+    medians: dict[tuple[str, str], float],
     flops: float,
-    spent: dict[str, float],
+    spent_in: dict[str, dict[str, float]],
 ) -> str:
     """Two Markdown tables: npclip beside torch and the floor, and where its own time goes."""
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    ours, rate = medians["npclip"], 2 * CUBE**3 / medians.pop("product")
-    medians["floor"] = flops / rate
+    rate = 2 * CUBE**3 / medians.pop(("product", "float32"))
     what = "CPU time" if args.cpu_time else "elapsed"
     lines = [
-        f"A step of {args.model}, batch {args.batch}, float32, {args.threads} threads of "
-        f"{processor()}; {what}, median of {args.rounds} interleaved rounds. "
-        f"Floor: {flops / 1e9:,.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s.\n",
-        "| | seconds | npclip takes |",
+        f"A step of {args.model}, batch {args.batch}, {args.threads} threads of {processor()}; "
+        f"{what}, median of {args.rounds} interleaved rounds; in brackets, times npclip's.\n",
+        "| | float32 | bfloat16 |",
         "|---|---|---|",
     ]
-    for name, median in medians.items():
-        ratio = "" if name == "npclip" else f"{ours / median:.2f} of it"
-        lines.append(f"| {NAMES[name]} | {median:.2f} | {ratio} |")
-    lines += ["\n| of npclip's step | ms |", "|---|---|"]
-    for name, one in sorted(spent.items(), key=lambda item: -item[1]):
-        lines.append(f"| {name} | {1e3 * one:,.0f} |")
+    for who, name in NAMES.items():
+        if (who, "float32") in medians:
+            cells = []
+            for dtype in spent_in:
+                ratio = medians[who, dtype] / medians["npclip", dtype]
+                suffix = "" if who == "npclip" else f" ({ratio:.2f}x)"
+                cells.append(f"{medians[who, dtype]:.2f} s{suffix}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    floor = flops / rate
+    ratio = floor / medians["npclip", "float32"]
+    about = f"floor: {flops / 1e9:,.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s"
+    lines.append(f"| {about} | {floor:.2f} s ({ratio:.2f}x) | |")
+    lines += ["\n| milliseconds of npclip's step | float32 | bfloat16 |", "|---|---|---|"]
+    for name in sorted(spent_in["float32"], key=lambda name: -spent_in["float32"][name]):
+        cells = [f"{1e3 * spent.get(name, 0):,.0f}" for spent in spent_in.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

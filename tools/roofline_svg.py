@@ -52,19 +52,23 @@ def _share(value: float, bounds: tuple[float, float]) -> float:
 
 
 def roofline(machine: dict[str, Any], rows: list[Row]) -> str:
-    """The SVG: of each kernel, the shape at which it is fastest, counted in flop a second."""
+    """The SVG: of each op and dtype the best ISA, at the shape at which it is fastest.
+
+    That is counted in flop a second. rows: of one op and dtype best ISA first.
+    """
     peaks = named_peaks(machine["peaks"])
     rates = {label: value for label, value, unit in peaks if unit == "GB/s"}
     flops = {label: value for label, value, unit in peaks if unit != "GB/s"}
     dots = {name: (row, *_point(row, rates, flops)) for name, row in _fastest(rows).items()}
     speeds = [1.0, *(speed for _, _, speed in dots.values())]
-    axes = Axes((NO_FLOP / 2, 2048), (min(speeds) / 2, 1.6 * max(*flops.values(), *speeds)))
+    least = min([NO_FLOP, *(intensity for _, intensity, _ in dots.values())])
+    axes = Axes((least / 2, 2048), (min(speeds) / 2, 1.6 * max(*flops.values(), *speeds)))
     parts = [*_grid(axes), *_roofs(axes, rates, flops)]
     parts += _dots(axes, dots, [box for _, box in parts if box])
     title = f"npclip kernels and their roofs: {machine['processor']}, {machine['threads']} threads"
     note = (
-        "A dot is the shape at which a kernel is fastest. How far it lies below its roof (the peak "
-        "of its dtype and ISA, the slope of where its data lie) is the median over the rounds."
+        "A dot is an op on its best ISA, at its fastest shape. How far it lies below its roof (the "
+        "peak of its dtype and ISA, the slope of where its data lie) is the median over the rounds."
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -79,10 +83,12 @@ def roofline(machine: dict[str, Any], rows: list[Row]) -> str:
 
 
 def _fastest(rows: list[Row]) -> dict[str, Row]:
+    isas: dict[tuple[str, str], str] = {}
     best: dict[str, Row] = {}
     for row in rows:
-        speed = (row.gflops, row.gbytes)
-        if row.isa and (row.kernel not in best or speed > _speed(best[row.kernel])):
+        if not row.isa or row.isa != isas.setdefault((row.op, row.dtype), row.isa):
+            continue
+        if row.kernel not in best or _speed(row) > _speed(best[row.kernel]):
             best[row.kernel] = row
     return best
 

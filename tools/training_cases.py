@@ -25,6 +25,11 @@ def layer_norm_backward(n: int, d: int) -> Work:
     return Work(20 * n * d, {"x": normal(n, d), "weight": normal(d), "dy": normal(n, d)})
 
 
+def linear_weight_backward(n: int, k: int, m: int) -> Work:
+    """Of x that was packed before."""
+    return Work(2 * n * k * m, {"x": normal(n, k), "dy": normal(n, m)})
+
+
 def attention_backward(batch: int, tokens: int, heads: int, head_width: int) -> Work:
     """Five products; the exponentials are not counted."""
     width = heads * head_width
@@ -51,16 +56,16 @@ def attention_pool_backward(batch: int, tokens: int, heads: int, head_width: int
 
 
 def embed_tokens_backward(n: int, d: int, vocabulary: int) -> Work:
-    """Two additions a value; the positions are 12."""
+    """Two additions a value; the positions are 12. Of the tables only rows that occur move."""
     rng = np.random.default_rng(0)
+    ids, positions, dy = rng.integers(0, vocabulary, n), np.arange(n) % 12, normal(n, d)
     arguments = {
-        "ids": rng.integers(0, vocabulary, n),
-        "positions": np.arange(n) % 12,
-        "dy": normal(n, d),
-        "vocabulary": vocabulary,
-        "context": 77,
+        **{"ids": ids, "positions": positions, "dy": dy},
+        **{"vocabulary": vocabulary, "context": 77},
     }
-    return Work(2 * n * d, arguments)
+    rows = len(np.unique(ids)) + len(np.unique(positions))
+    nbytes = ids.nbytes + positions.nbytes + dy.nbytes + 4 * rows * d
+    return Work(2 * n * d, arguments, nbytes=nbytes)
 
 
 def adamw(n: int) -> Work:
@@ -86,6 +91,9 @@ OPS = {
     "gelu": Op("NxF", activation, MLP),
     "quick_gelu_backward": Op("NxF", activation_backward, MLP),
     "gelu_backward": Op("NxF", activation_backward, MLP),
+    "linear_weight_backward": Op("NxKxM", linear_weight_backward, {
+        (1600, 768, 3072): f"{IMAGES}, c_fc", (384, 512, 2048): f"{TEXTS}, c_fc",
+    }),
     "layer_norm_backward": Op("NxD", layer_norm_backward, {(1600, 768): IMAGES, (384, 512): TEXTS}),
     "attention_backward": Op("BxTxHxDh", attention_backward, {
         (32, 50, 12, 64): IMAGES, (32, 257, 16, 64): "ViT-L/14, batch 32",

@@ -125,6 +125,7 @@ class Training:
                 micro_batch=train.micro_batch,
                 freeze=self.freeze,
                 dtype=train.dtype,
+                patch_dropout=train.patch_dropout,
             )
         except TrainingError as error:
             raise self._error(f"step {model.state.step + 1}: {error}") from error

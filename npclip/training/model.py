@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from ..config import Config
 from ..errors import InputError
 from ..ops import Array, Parameters, equal_seqlens, pack_tokens
@@ -18,20 +20,30 @@ from . import ops
 Tape: TypeAlias = dict[str, Any]
 
 
-def encode_image(images: Array, p: Parameters, config: Config) -> tuple[Array, Tape]:
-    """The Vision Transformer: [B, 3, R, R] -> [B, E], not normalised. Raises InputError for the
-    config of a ResNet."""
+def encode_image(
+    images: Array, p: Parameters, config: Config, kept: Array | None = None
+) -> tuple[Array, Tape]:
+    """The Vision Transformer: [B, 3, R, R] -> [B, E], not normalised.
+
+    kept [B, t], integers of the host: which tokens of each image go on after their embedding, by
+    their numbers in the image, the class token's, 0, first; None: all. Raises InputError for the
+    config of a ResNet.
+    """
     if not config.is_vit:
         raise InputError("only Vision Transformers are trained, and this image tower is a ResNet")
     rows = ops.patchify(images, config.vision_patch_size)  # [B G G, 3 P P]
     patches = ops.linear(rows, **p["conv1"], wide=True)  # [B G G, D]
     x = ops.embed_patches(patches, p)  # [N, D]
-    seqs = equal_seqlens(len(images), config.grid**2 + 1)
+    tokens = config.grid**2 + 1
+    if kept is not None:
+        kept = (kept + tokens * np.arange(len(kept))[:, None]).reshape(-1)
+        x, tokens = ops.take(x, kept), len(kept) // len(images)
+    seqs = equal_seqlens(len(images), tokens)
     x, blocks = transformer(
         x, p["resblocks"], seqs, seqs[:-1], config.vision_heads, False, config.activation
     )  # [B, D]
     h = ops.layer_norm(x, **p["ln_post"])
-    tape = {"rows": rows, "patches": patches, "blocks": blocks, "x": x, "h": h}
+    tape = {"rows": rows, "patches": patches, "kept": kept, "blocks": blocks, "x": x, "h": h}
     return ops.linear(h, **p["proj"], wide=True), tape
 
 
@@ -48,6 +60,9 @@ def encode_image_backward(
     )
     if frozen:
         return g
+    if tape["kept"] is not None:
+        n = len(tape["patches"]) // config.grid**2 * (config.grid**2 + 1)
+        dx = ops.take_backward(tape["kept"], dx, n)
     dpatches, embeddings = ops.embed_patches_backward(tape["patches"], p, dx)
     weight = ops.linear_weight_backward(tape["rows"], p["conv1"], dpatches)
     return g | embeddings | {"conv1": weight}

@@ -2,12 +2,13 @@
 
 Arrays are NumPy's or CuPy's, and what is computed stays where they lie. The forward of all but
 linear is npclip.ops', by the native kernels where they exist. On the host the backward is by C
-kernels too, and on GPUs by kernels/reference_backward.py. linear is the array library's own
-product, because a kernel's packed weights would have to be packed anew after every step.
+kernels too, and on GPUs by kernels/reference_backward.py. In float32 linear is the array library's
+own product, because a kernel's packed weights would have to be packed anew after every step.
 
 Matrices, and what goes from one op to the next, may be stored in float16 or as bits of bfloat16
 (uint16): linear stores its result as its weight is. The residual stream, gradients of activations,
-sums and everything between are float32, or float64 where all parameters are.
+sums and everything between are float32, or float64 where all parameters are. On CPUs that multiply
+bfloat16 all is stored in float32, and rounded where it is multiplied: such a weight is a Rounded.
 
 A backward takes the layer, a dict with "weight" and perhaps "bias", and returns dx and the layer's
 gradients under the same keys.
@@ -22,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import ops
+from .. import cpu_library, cpu_training, ops
+from ..cpu import MAX_DEPTH
+from ..cpu_training import Rounded
 from ..kernels import reference, reference_backward
 from ..ops import Array, Parameters, is_device_array
 
@@ -36,9 +39,23 @@ def backend(x: Array, portable: ModuleType = reference_backward) -> ModuleType:
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    from .. import cpu_library, cpu_training
-
     return None if cpu_library.why_unavailable() else cpu_training
+
+
+def multiplies_bfloat16(x: Array) -> bool:
+    """Whether there are kernels for that where x lies, which is in float32."""
+    return not is_device_array(x) and _kernels() is not None and Rounded.is_possible(x.dtype)
+
+
+def rounded(params: Any) -> Any:
+    """Nested parameters with their matrices as Rounded, but for those that are too large."""
+    if isinstance(params, dict):
+        return {k: _rounded_weight(v) if k == "weight" else rounded(v) for k, v in params.items()}
+    return [rounded(each) for each in params] if isinstance(params, list) else params
+
+
+def _rounded_weight(weight: Array) -> Array:
+    return Rounded(weight) if weight.ndim == 2 and max(weight.shape) <= MAX_DEPTH else weight
 
 
 def widen(x: Array) -> Array:
@@ -76,6 +93,8 @@ def linear(
 ) -> Array:  # [N, K], [M, K] -> [N, M]
     """x weight^T + bias + residual, stored as the weight is; in full where there is a residual, or
     wide."""
+    if isinstance(weight, Rounded):
+        return weight.linear(x, bias, residual)
     y = _product(narrow(x, weight.dtype), weight.T)
     if bias is not None:
         y += bias
@@ -86,14 +105,19 @@ def linear(
 
 def linear_backward(x: Array, layer: Parameters, dy: Array) -> tuple[Array, Parameters]:
     """x as linear took it, dy [N, M] -> dx [N, K], gradients"""
-    weight = layer["weight"]
-    return _product(narrow(dy, weight.dtype), weight), linear_weight_backward(x, layer, dy)
+    weight, gradients = layer["weight"], linear_weight_backward(x, layer, dy)
+    if isinstance(weight, Rounded):
+        return weight.linear_backward(dy), gradients
+    return _product(narrow(dy, weight.dtype), weight), gradients
 
 
 def linear_weight_backward(x: Array, layer: Parameters, dy: Array) -> Parameters:
     """linear_backward without dx"""
-    dtype = layer["weight"].dtype
-    gradients = {"weight": _product(narrow(dy, dtype).T, narrow(x, dtype))}
+    weight, dtype = layer["weight"], layer["weight"].dtype
+    if isinstance(weight, Rounded):
+        gradients = {"weight": cpu_training.linear_weight_backward(x, dy)}
+    else:
+        gradients = {"weight": _product(narrow(dy, dtype).T, narrow(x, dtype))}
     return gradients | ({"bias": dy.sum(0)} if "bias" in layer else {})
 
 

@@ -79,10 +79,13 @@ def check_trainable(config: Config) -> None:
 def nested(params: Flat, config: Config, dtype: str = "float32") -> Parameters:
     """What the towers read: views, but for matrices in "float16" or "bfloat16", which are copies.
 
-    Raises InputError for another dtype.
+    On a CPU that multiplies bfloat16 "bfloat16" is how matrices, and what they are multiplied with,
+    are rounded for that; all is stored in float32. Raises InputError for another dtype.
     """
     if dtype not in ops.STORED:
         raise InputError(f"dtype {dtype!r} is not one of: {', '.join(ops.STORED)}")
+    if dtype == "bfloat16" and ops.multiplies_bfloat16(params["logit_scale"]):
+        return ops.rounded(nest(params, config, TOWERS))
     stored = {k: ops.narrow(v, ops.STORED[dtype]) for k, v in params.items() if is_matrix(k, v)}
     return nest(params | stored, config, TOWERS)
 

@@ -23,8 +23,8 @@ DERIVED = ("vision_heads", "vision_mlp", "transformer_heads", "transformer_mlp")
 class ModelSettings:
     """[model]: a checkpoint to start from, or an architecture to start with random weights.
 
-    The latter by a name of `npclip models`, or by the numbers of config.Config; heads are width /
-    64 by default, and MLPs 4 * width.
+    The latter by a name of config.ARCHITECTURES, or by the numbers of config.Config; heads are
+    width / 64 by default, and MLPs 4 * width.
     """
 
     checkpoint: str | None = None  # a name of `npclip models`, or a path
@@ -139,6 +139,7 @@ class TrainSettings:
     betas: tuple[float, float] = option((0.9, 0.98), at_least=0, at_most=0.99999)
     eps: float = option(1e-6, above=0)
     max_norm: float | None = option(None, above=0)
+    patch_dropout: float = option(0.0, at_least=0, at_most=0.95)
     seed: int = option(0, at_least=0)
     dtype: str = option("float32", one_of=("float32", "float16", "bfloat16"))
     device: str | None = None
