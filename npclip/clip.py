@@ -47,8 +47,9 @@ def load(
 ) -> CLIP:
     """Load a CLIP model; the result also unpacks as `model, preprocess = load(...)`.
 
-    name_or_path: a name of available_models(), downloaded once and verified, or a path: OpenAI's
-        .pt, a torch.save state_dict, safetensors, or a Hugging Face or open_clip directory.
+    name_or_path: a name of available_models(), downloaded once and verified, or "tiny", which comes
+        with npclip (docs/tiny.md), or a path: OpenAI's .pt, a torch.save state_dict, safetensors,
+        or a Hugging Face or open_clip directory.
     device: "cpu", "cuda" or "cuda:N"; by default "cuda" where CuPy and a usable GPU exist.
     dtype: by default "float32" on the CPU and "float16" on a GPU. On a GPU "float16", "bfloat16"
         and "float32" are how weights and activations are stored; sums are in float32, and
@@ -101,7 +102,7 @@ def load_opened(
     with _naming(checkpoint):
         params = load_parameters(checkpoint, config, towers, ops.keeps_float16(device))
         params = ops.prepare(params, dtype, checkpoint.release, device)
-    name = name if name in hub.MODELS else checkpoint.path.name
+    name = name if name in hub.available_models() else checkpoint.path.name
     origin = Origin.of(name, (file.path for file in checkpoint.files))
     return CLIP(config, checkpoint.metadata, params, device, dtype, origin)
 

@@ -1,4 +1,4 @@
-"""OpenAI's checkpoints by name: where they are, how to get them whole, and where they are kept.
+"""Checkpoints by name: OpenAI's, how to get them whole and where they are kept, and npclip's own.
 
 A file under its final name in the cache is complete and was verified once; a download lives in
 `<file>.part` until its SHA-256 is right. `<file>.verified` remembers the size and time of the file
@@ -64,11 +64,12 @@ MODELS: dict[str, RemoteFile] = {
          "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", 891),
     )
 }  # fmt: skip
+BUNDLED = {"tiny": Path(__file__).with_name("tiny.safetensors")}  # in this package
 
 
 def available_models() -> list[str]:
-    """The names that load() knows."""
-    return list(MODELS)
+    """The names that load() knows: OpenAI's models, and "tiny", which comes with npclip."""
+    return [*MODELS, *BUNDLED]
 
 
 def resolve(
@@ -76,12 +77,15 @@ def resolve(
 ) -> Path:
     """The checkpoint of a name, downloaded if need be and verified, or else an existing path.
 
-    Looks in download_root, $NPCLIP_CACHE or ~/.cache/npclip, then (read only) in ~/.cache/clip,
-    where openai/CLIP keeps the same files. Raises ModelNotFoundError, DownloadError.
+    A bundled one lies in this package. OpenAI's are looked for in download_root, $NPCLIP_CACHE or
+    ~/.cache/npclip, then (read only) in ~/.cache/clip, where openai/CLIP keeps the same files.
+    Raises ModelNotFoundError, DownloadError.
     """
     name = os.fspath(name_or_path)
     if name in MODELS:
         return _fetch(MODELS[name], cache_directory(download_root))
+    if name in BUNDLED:
+        return BUNDLED[name]
     try:
         if name and Path(name).exists():
             return Path(name)
@@ -107,10 +111,11 @@ def _suggestion(name: str) -> str:
     def plain(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())
 
-    close = [known for known in MODELS if plain(known).removesuffix("px") == plain(name)]
-    close += [known for known in MODELS if plain(known) == plain(name.removesuffix(".pt"))]
+    names = available_models()
+    close = [known for known in names if plain(known).removesuffix("px") == plain(name)]
+    close += [known for known in names if plain(known) == plain(name.removesuffix(".pt"))]
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (names: {', '.join(MODELS)})"
+    return f"{hint} (names: {', '.join(names)})"
 
 
 def _fetch(file: RemoteFile, directory: Path) -> Path:

@@ -172,8 +172,7 @@ def test_openais_quick_start_runs(vit_b_32, pictures, monkeypatch, capsys):
 def test_the_readmes_labels_fit_the_template():
     """ "a photo of a {}." already has the article."""
     commands = re.findall(r"npclip classify \S+\.png (.*)", README)
-    assert len(commands) == 2
-    assert all(command.startswith("cat dog rocket") for command in commands)
+    assert [command.split()[0] for command in commands] == ["fox", "cat", "cat"]
 
 
 def test_the_readme_lists_every_model():

@@ -133,7 +133,7 @@ def load_model(
     of the collection, and what load() raises.
     """
     theirs = reader.provenance
-    if name is None and theirs.model not in hub.MODELS:
+    if name is None and theirs.model not in hub.available_models():
         raise InputError(
             f"{reader.folder} was made by {theirs.model!r}, which is no name of `npclip models`: "
             f"say where that checkpoint is, --model PATH"

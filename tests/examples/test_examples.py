@@ -90,6 +90,14 @@ def test_faiss(model, photos, tmp_path):
     np.testing.assert_allclose(words, best, atol=6e-4)
 
 
+def test_words_find_drawings(tmp_path):
+    pytest.importorskip("faiss")
+    arguments = EXAMPLES / "drawings", "a fish", "castle", "red apple", "--top", 1
+    printed = run("faiss_search.py", *arguments, "--model", "tiny", cwd=tmp_path)
+    found = re.findall(r"(\S+)\.png$", printed, re.MULTILINE)
+    assert [Path(path).name for path in found] == ["fish", "castle", "red-apple"]
+
+
 def test_duplicates(model, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(5):
