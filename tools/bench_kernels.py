@@ -128,7 +128,7 @@ def kernel_calls(work: Work, kernel: Kernel, copies: int) -> list[Callable[[], A
         raise ValueError("no C kernel takes it")
     buffers = [pointer(p.buffer) for p in packed] or [None]
     moved = {pointer(a): a.nbytes for a in kept if a is not None and pointer(a) in recorded[0]}
-    nbytes = work.nbytes or sum(size for at, size in moved.items() if at != buffers[0])
+    nbytes = sum(size for at, size in moved.items() if at != buffers[0])
     kept += packed
     calls = []
     for buffer in buffers:  # in place of the first one's
@@ -156,7 +156,8 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
                 copies = math.ceil(2 * machine.last_cache / stored)
         calls = (kernel_calls if kernel.isa else numpy_calls)(work, kernel, copies)
         timers[kernel] = Timer(calls)
-        nbytes[kernel] = stored + (calls[0].nbytes if kernel.isa else _nbytes(work, numpy))
+        moved = work.nbytes or (calls[0].nbytes if kernel.isa else _nbytes(work, numpy))
+        nbytes[kernel] = stored + moved
         is_cold = copies * stored >= 2 * machine.last_cache
         states[kernel] = "cold" if is_cold else "warm"
     seconds: dict[Kernel, list[float]] = {kernel: [] for kernel in everyone}
@@ -191,9 +192,7 @@ def bench(machine: Machine, shape: Shape, chosen: list[Kernel], rounds: int) -> 
 
 
 def _nbytes(work: Work, numpy: Kernel) -> int:
-    """What a call reads and writes, but the weight."""
-    if work.nbytes:
-        return work.nbytes
+    """Of all arrays that a call reads and writes, but the weight."""
     moved = work.kernel_arguments
     if moved is None:
         result = numpy_calls(work, numpy, 1)[0]()

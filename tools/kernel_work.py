@@ -22,7 +22,7 @@ class Work:
     kernel_arguments: dict[str, Any] | None = None  # where they are others
     activations: tuple[str, ...] = ()  # arguments that come from another op, so may be bfloat16
     stored: tuple[str, ...] = ()  # arguments that a kernel for float16 takes in float16
-    nbytes: int | None = None  # that move, where it is not all of the arrays
+    nbytes: int | None = None  # that move beside the weight, where it is not all of the arrays
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,8 @@ def embed_tokens_backward(n: int, d: int, vocabulary: int) -> Work:
     """Two additions a value; the positions are 12. Of the tables only rows that occur move."""
     rng = np.random.default_rng(0)
     ids, positions, dy = rng.integers(0, vocabulary, n), np.arange(n) % 12, normal(n, d)
-    arguments = {
-        **{"ids": ids, "positions": positions, "dy": dy},
-        **{"vocabulary": vocabulary, "context": 77},
-    }
+    arguments = {"ids": ids, "positions": positions, "dy": dy}
+    arguments |= {"vocabulary": vocabulary, "context": 77}
     rows = len(np.unique(ids)) + len(np.unique(positions))
     nbytes = ids.nbytes + positions.nbytes + dy.nbytes + 4 * rows * d
     return Work(2 * n * d, arguments, nbytes=nbytes)

@@ -113,12 +113,12 @@ def linear_backward(x: Array, layer: Parameters, dy: Array) -> tuple[Array, Para
 
 def linear_weight_backward(x: Array, layer: Parameters, dy: Array) -> Parameters:
     """linear_backward without dx"""
-    weight, dtype = layer["weight"], layer["weight"].dtype
+    weight = layer["weight"]
     if isinstance(weight, Rounded):
-        gradients = {"weight": cpu_training.linear_weight_backward(x, dy)}
+        dweight = cpu_training.linear_weight_backward(x, dy)
     else:
-        gradients = {"weight": _product(narrow(dy, dtype).T, narrow(x, dtype))}
-    return gradients | ({"bias": dy.sum(0)} if "bias" in layer else {})
+        dweight = _product(narrow(dy, weight.dtype).T, narrow(x, weight.dtype))
+    return {"weight": dweight} | ({"bias": dy.sum(0)} if "bias" in layer else {})
 
 
 def activation(x: Array, name: str) -> Array:

@@ -5,13 +5,13 @@ npm and apt-get ask whatever registry this machine is set up for; what counts is
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from npclip.checkpoint import sha256
 from npclip.errors import DownloadError
 
 from .sources import SOURCES, Source
@@ -59,8 +59,7 @@ def fetch(source: Source, archives: Path) -> None:
 
 def verify(source: Source, path: Path) -> None:
     """Raises DownloadError where the archive's SHA-256 is another."""
-    with path.open("rb") as stream:
-        found = hashlib.sha256(stream.read()).hexdigest()
+    found = sha256([path])
     if found != source.sha256:
         raise DownloadError(f"{path}: its SHA-256 is {found}, not {source.sha256}")
 

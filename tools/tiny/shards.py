@@ -3,8 +3,8 @@
     shards/train/00000.parquet ...   shards/valid/   shards/style/   shards/words/   ...
 
 Columns: id, image (WebP with alpha), text (the best name), texts (captions to draw from, in
-training), description (name and keywords, for measuring), set, name, concept, held_out ("words",
-"combinations" or nothing), licence.
+training), description (name and keywords, for measuring), set, name, concept, group, held_out
+("words", "combinations" or nothing), licence.
 `npclip` reads them as they are: image and text are its usual names of columns.
 """
 
@@ -47,13 +47,7 @@ def make_shards(folder: Path, seed: int = 0) -> Counter[str]:
     holdout = choose_holdout(pictures, names, seed)
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for row, picture in zip(rows, pictures, strict=True):
-        row["held_out"] = (
-            "words"
-            if picture.concept in holdout.words
-            else "combinations"
-            if picture.concept in holdout.combinations
-            else ""
-        )
+        row["held_out"] = holdout.kind(picture.concept)
         split = split_of(picture, holdout, seed)
         if split == "related":
             left_out["related to a held-out concept"] += 1

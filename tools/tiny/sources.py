@@ -48,6 +48,10 @@ def _iconify(
 
 
 _GITHUB = "https://github.com/"
+_NOTO = "Apache-2.0", "Google Inc", _GITHUB + "googlefonts/noto-emoji"
+_FLUENT = "MIT", "Microsoft Corporation", _GITHUB + "microsoft/fluentui-emoji"
+_EMOJI_ONE = "CC-BY-4.0", "Emoji One", _GITHUB + "EmojiTwo/emojitwo"
+_CLDR = "Unicode-3.0", "Unicode, Inc.", _GITHUB + "unicode-org/cldr-json"
 _STREAMLINE = "CC-BY-4.0", "Streamline", _GITHUB + "webalys-hq/streamline-vectors"
 
 SOURCES = (
@@ -58,25 +62,25 @@ SOURCES = (
     ),
     _iconify(
         "noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0", "Google Inc", _GITHUB + "googlefonts/noto-emoji", is_emoji=True,
+        *_NOTO, is_emoji=True,
     ),
     _iconify(
         "noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "Apache-2.0", "Google Inc", _GITHUB + "googlefonts/noto-emoji", is_emoji=True,
+        *_NOTO, is_emoji=True,
     ),
     _iconify(
         "fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        "MIT", "Microsoft Corporation", _GITHUB + "microsoft/fluentui-emoji", is_emoji=True,
+        *_FLUENT, is_emoji=True,
     ),
     _iconify(
         "fluent-emoji-flat", "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT", "Microsoft Corporation", _GITHUB + "microsoft/fluentui-emoji", is_emoji=True,
+        *_FLUENT, is_emoji=True,
     ),
     _iconify(
         "fluent-emoji-high-contrast", "1.2.6",
         "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
-        "MIT", "Microsoft Corporation", _GITHUB + "microsoft/fluentui-emoji", is_emoji=True,
+        *_FLUENT, is_emoji=True,
     ),
     _iconify(
         "twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
@@ -85,12 +89,12 @@ SOURCES = (
     ),
     _iconify(
         "emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "CC-BY-4.0", "Emoji One", _GITHUB + "EmojiTwo/emojitwo", is_emoji=True,
+        *_EMOJI_ONE, is_emoji=True,
     ),
     _iconify(
         "emojione-monotone", "1.2.1",
         "40b90004bafb406b59266155ef9b7e1dd67bf2947fc8db8d07388776f4d0d04e",
-        "CC-BY-4.0", "Emoji One", _GITHUB + "EmojiTwo/emojitwo", is_emoji=True,
+        *_EMOJI_ONE, is_emoji=True,
     ),
     _iconify(
         "fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
@@ -149,12 +153,12 @@ SOURCES = (
     Source(
         "cldr-annotations", "npm", "cldr-annotations-full", "48.2.0",
         "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
-        "Unicode-3.0", "Unicode, Inc.", _GITHUB + "unicode-org/cldr-json", "text",
+        *_CLDR, "text",
     ),
     Source(
         "cldr-annotations-derived", "npm", "cldr-annotations-derived-full", "48.2.0",
         "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
-        "Unicode-3.0", "Unicode, Inc.", _GITHUB + "unicode-org/cldr-json", "text",
+        *_CLDR, "text",
     ),
 )  # fmt: skip
 STYLE = "openmoji"  # the set whose style no training picture has

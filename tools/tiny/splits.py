@@ -51,6 +51,11 @@ class Holdout(NamedTuple):
     combinations: dict[str, frozenset[str]]  # concept -> the stems of its name
     related: frozenset[str]  # ids of the pictures whose texts hold one of these
 
+    def kind(self, concept: str) -> str:
+        """ "words", "combinations", or nothing of one that is not held out."""
+        kinds = {"words": self.words, "combinations": self.combinations}
+        return next((kind for kind, concepts in kinds.items() if concept in concepts), "")
+
 
 def stem(word: str) -> str:
     """The singular of an English noun, near enough: what is compared, never shown."""
@@ -150,10 +155,8 @@ def split_of(picture: Picture, holdout: Holdout, seed: int) -> str:
     """Its split, or "related" of one that is left out because of what it may tell."""
     if picture.is_style:
         return "style"
-    if picture.concept in holdout.words:
-        return "words"
-    if picture.concept in holdout.combinations:
-        return "combinations"
+    if kind := holdout.kind(picture.concept):
+        return kind
     if picture.id in holdout.related:
         return "related"
     return "valid" if chance(seed, "valid", picture.id) < VALID else "train"

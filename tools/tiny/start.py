@@ -9,7 +9,7 @@ as many steps. Of the channels of a token
                                      of training's patches, each divided by its deviation
     the last head's width            are its place p: cos and sin of multiples of row and column
 
-and the first LOCAL heads of every block have the query s R p and the key s p, where R turns p into
+and the first four heads of every block have the query s R p and the key s p, where R turns p into
 the p of a neighbour: each of them attends to one neighbour, in which direction depends on the head
 and the block. All of it is trained as every other weight is.
 """
@@ -25,16 +25,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from npclip.config import Config, Metadata
+from npclip.kernels.reference import patchify
 from npclip.training import State, initialize, save
 
 Array = NDArray[np.float64]
 SAMPLE = 3000  # views whose patches the filters are of
 FLOOR = 0.05  # added to each variance, so that noise is not blown up
 AMPLITUDE = 1.0  # of places, beside a deviation of about 1 of a patch's channels
-LOCAL = 4  # heads
 SHARPNESS = 4.0  # how much larger the score of a head's neighbour is than of one beside that
 REST = 0.1  # what is left of random weights that would disturb this
-NEIGHBOURS = (  # down, right: those of even blocks, of odd blocks
+NEIGHBOURS = (  # down, right: one a head, those of even blocks, of odd blocks
     ((0, 1), (0, -1), (1, 0), (-1, 0)),
     ((1, 1), (-1, -1), (1, -1), (-1, 1)),
 )
@@ -55,9 +55,7 @@ def patches_of(views: Path, config: Config) -> Array:
     images = pq.read_table(views, columns=["image"])["image"].slice(0, SAMPLE).to_pylist()
     pixels = np.array([np.asarray(Image.open(io.BytesIO(image))) for image in images]) / 255
     pixels = (pixels - Metadata().mean) / Metadata().std
-    side, grid = config.vision_patch_size, config.grid
-    cut = pixels.reshape(-1, grid, side, grid, side, 3).transpose(0, 1, 3, 5, 2, 4)
-    return cut.reshape(-1, 3 * side * side)
+    return patchify(pixels.transpose(0, 3, 1, 2), config.vision_patch_size)
 
 
 def first_weights(patches: Array, config: Config, seed: int = 0) -> dict[str, NDArray[np.float32]]:
@@ -82,7 +80,7 @@ def first_weights(patches: Array, config: Config, seed: int = 0) -> dict[str, ND
     for block in range(config.vision_layers):
         prefix = f"visual.transformer.resblocks.{block}"
         weight = params[f"{prefix}.attn.in_proj_weight"]  # of queries, keys, values
-        for number, neighbour in enumerate(NEIGHBOURS[block % 2][:LOCAL]):
+        for number, neighbour in enumerate(NEIGHBOURS[block % 2]):
             queries = slice(number * head, (number + 1) * head)
             keys = slice(width + number * head, width + (number + 1) * head)
             weight[queries] *= REST
