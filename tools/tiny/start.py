@@ -2,8 +2,8 @@
 
 That patches side by side belong together is what a Vision Transformer must learn from its data, and
 20,000 drawings teach it slowly. So it begins with that, as in Zheng et al., "Structured
-Initialization for Attention in Vision Transformers" (2024); with random weights alone it took twice
-as many steps. Of the channels of a token
+Initialization for Attention in Vision Transformers" (2024); with random weights it took nearly
+twice as many steps. Of the channels of a token
 
     all but the last head's width    are a patch through whitening filters: the principal components
                                      of training's patches, each divided by its deviation
